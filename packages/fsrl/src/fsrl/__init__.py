@@ -1,0 +1,6 @@
+"""Post-training of FSVideo models with reward models: a shell, nothing is implemented yet."""
+
+from __future__ import annotations
+
+__all__ = ["__version__"]
+__version__ = "0.1.0"
