@@ -1,0 +1,1 @@
+"""Pixels in and out: video and image files, and the data sets made of them."""

@@ -1,0 +1,78 @@
+"""Files appear whole or not at all: written under a temporary name beside their place, then renamed."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fsae.errors import UserError
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """Check, before any work is done, that a file can be written at `path`; return where it will lie.
+
+    The folder must exist and take a new file, which is tried, because permission bits alone do not tell
+    (read-only mounts, quotas). An existing regular file may be replaced; a link is followed.
+
+    Raises:
+        UserError: `path` is a folder or a device, or its folder is missing or takes no files.
+    """
+    target = Path(os.path.realpath(path))
+    if not os.path.isdir(target.parent):
+        raise UserError(f"cannot write {path}: there is no folder {target.parent}; create it first")
+    if os.path.isdir(target):
+        raise UserError(f"cannot write {path}: it is a folder; give the name of a file in it")
+    try:
+        if not stat.S_ISREG(os.stat(target).st_mode):
+            raise UserError(f"cannot write {path}: it is not a regular file; give another name")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; give another name") from None
+    probe = _temporary_sibling(target)
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: the folder {target.parent} takes no new file ({error.strerror}); "
+            "give a place you may write to"
+        ) from None
+    return target
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to write to; rename it to `path` on success, remove it on failure.
+
+    The temporary name is hidden and keeps the file's suffix, since some writers choose their format by it.
+
+    Raises:
+        UserError: as `check_writable`, before anything is written.
+    """
+    target = check_writable(path)
+    temporary = _temporary_sibling(target)
+    try:
+        yield temporary
+        _flush_to_disk(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary_sibling(target: Path) -> Path:
+    # Bounded, so that a name that is itself allowed stays so under its temporary form.
+    return target.with_name(f".{target.stem[:64]}.tmp-{os.getpid()}-{secrets.token_hex(4)}{target.suffix}")
+
+
+def _flush_to_disk(path: Path) -> None:
+    # Without this a crash soon after the rename can leave the final name on an empty file.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,88 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fsae.errors import UserError
+from fsae.files import atomic_path, check_writable
+
+
+def test_a_written_file_appears_under_its_name_alone(tmp_path: Path) -> None:
+    target = tmp_path / "result.txt"
+    with atomic_path(target) as temporary:
+        assert temporary.parent == tmp_path
+        assert temporary.suffix == ".txt"
+        assert temporary.name.startswith(".")
+        temporary.write_text("whole")
+        assert not target.exists()
+    assert target.read_text() == "whole"
+    assert os.listdir(tmp_path) == ["result.txt"]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, failure: type[BaseException]
+) -> None:
+    target = tmp_path / "result.txt"
+    target.write_text("old")
+
+    def write_half() -> None:
+        with atomic_path(target) as temporary:
+            temporary.write_text("half")
+            raise failure
+
+    with pytest.raises(failure):
+        write_half()
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["result.txt"]
+
+
+def test_an_existing_file_is_replaced_and_a_link_is_followed(tmp_path: Path) -> None:
+    real = tmp_path / "real.txt"
+    real.write_text("old")
+    link = tmp_path / "link.txt"
+    link.symlink_to(real)
+    with atomic_path(link) as temporary:
+        temporary.write_text("new")
+    assert link.is_symlink()
+    assert real.read_text() == "new"
+
+
+def test_long_names_are_written_too(tmp_path: Path) -> None:
+    target = tmp_path / ("x" * 250 + ".txt")
+    with atomic_path(target) as temporary:
+        temporary.write_text("whole")
+    assert target.read_text() == "whole"
+
+
+def test_places_that_take_no_file_are_refused_before_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for target, reason in [
+        (tmp_path, "it is a folder"),
+        (tmp_path / "nowhere" / "a.mp4", "no folder"),
+        (tmp_path / "file" / "a.mp4", "no folder"),
+        (Path(os.devnull), "not a regular file"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ]:
+        with pytest.raises(UserError, match=reason):
+            check_writable(target)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Permission bits do not bind a superuser, so the refusal itself is staged.
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(UserError, match="takes no new file .Permission denied."):
+        check_writable(tmp_path / "a.mp4")
+
+
+def test_checking_leaves_nothing_and_returns_the_place(tmp_path: Path) -> None:
+    assert check_writable(tmp_path / "a.mp4") == (tmp_path / "a.mp4").resolve()
+    assert os.listdir(tmp_path) == []
