@@ -1,0 +1,149 @@
+"""Attention of FSAE: linear over the pixels of a frame (paper §2.2.1), and on the first frame's features (paper §2.2.3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fsae.layers.conv import VideoConv3d
+from fsae.layers.norm import PixelNorm
+
+
+class LiteMLA(nn.Module):
+    """DC-AE's multi-scale linear attention, over h and w of each frame; x -> norm(attention(x)), no residual.
+
+    Queries, keys and values are taken at two scales, each pixel and its 5x5 neighbourhood, as 2·C/d heads of d; a head's channels
+    are its query, key and value one after the other. With ReLU on queries and keys the softmax becomes a ratio of two sums,
+
+        out = (V Kᵀ) Q / ((1 Kᵀ) Q + 1e-15),
+
+    linear in the number of pixels. Sums and division are at least fp32.
+    """
+
+    def __init__(self, channels: int, head_dim: int, eps: float, norm_affine: bool) -> None:
+        super().__init__()
+        wide = 3 * channels
+        self.head_dim = head_dim
+        self.qkv = VideoConv3d(channels, wide, 1, time_kernel=1, bias=False)
+        self.aggregate = nn.ModuleList(
+            [
+                VideoConv3d(wide, wide, 5, time_kernel=1, groups=wide, bias=False),
+                VideoConv3d(wide, wide, 1, time_kernel=1, groups=3 * channels // head_dim, bias=False),
+            ]
+        )
+        self.proj = VideoConv3d(2 * channels, channels, 1, time_kernel=1, bias=False)
+        self.norm = PixelNorm(channels, eps, norm_affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`B C T H W` -> the same shape."""
+        batch, _, frames, height, width = x.shape
+        near = self.qkv(x)
+        wide = near
+        for conv in self.aggregate:
+            wide = conv(wide)
+        both = torch.cat([near, wide], dim=1).transpose(1, 2)
+        both = both.reshape(batch, frames, -1, 3 * self.head_dim, height * width)
+        out = self._linear_attention(both).to(x.dtype)
+        out = out.reshape(batch, frames, -1, height, width).transpose(1, 2)
+        return self.norm(self.proj(out))
+
+    def _linear_attention(self, qkv: Tensor) -> Tensor:
+        """Heads of query, key and value `... 3d N` -> `... d N`, in fp32 also where autocast would have halves."""
+        with torch.autocast(qkv.device.type, enabled=False):
+            qkv = qkv.float() if qkv.dtype in (torch.float16, torch.bfloat16) else qkv
+            query, key, value = qkv.split(self.head_dim, dim=-2)
+            query, key = F.relu(query), F.relu(key).transpose(-1, -2)
+            numerator = (value @ key) @ query
+            return numerator / (key.sum(-2).unsqueeze(-2) @ query + 1e-15)
+
+
+class FirstFrameAttention(nn.Module):
+    """First-frame injection (paper §2.2.3): every frame of a decoder stage looks at the encoder's features of frame 0.
+
+        x + W_o · Attn(PN(x) W_q, PN(f) W_k, PN(f) W_v)
+
+    Rotary positions on h and w tell a query where it stands, so that copying from the same place is easy: query and key biases
+    start equal and large and the weights small, which makes the attention local from the first step, and W_o starts at zero,
+    which makes the layer the identity. With more than `window`² positions, queries and context are cut into aligned windows.
+
+    Args:
+        channels: channels of the stage, C.
+        context_channels: channels of the first frame's features.
+        head_dim: channels a head; a multiple of 4.
+        window: side of the aligned windows, in cells of this stage.
+        local_bias: the starting value of the query and key biases.
+        theta: base of the rotary wavelengths, which run from 2π to 2π·theta cells.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        context_channels: int,
+        *,
+        head_dim: int = 64,
+        window: int = 128,
+        local_bias: float = 4.0,
+        theta: float = 100.0,
+        eps: float = 1e-5,
+        norm_affine: bool = True,
+    ) -> None:
+        super().__init__()
+        if head_dim % 4 or channels % head_dim:
+            raise ValueError(f"head_dim is {head_dim}; it must be a multiple of 4 that divides {channels} channels")
+        self.head_dim, self.window, self.theta = head_dim, window, theta
+        self.norm_query = PixelNorm(channels, eps, norm_affine)
+        self.norm_context = PixelNorm(context_channels, eps, norm_affine)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(context_channels, channels)
+        self.to_v = nn.Linear(context_channels, channels)
+        self.to_out = nn.Linear(channels, channels)
+        for near in (self.to_q, self.to_k):
+            nn.init.normal_(near.weight, std=0.1 * near.in_features**-0.5)
+            nn.init.constant_(near.bias, local_bias)
+        nn.init.zeros_(self.to_out.weight)
+        nn.init.zeros_(self.to_out.bias)
+
+    def _rotate(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Rotary positions on `B N heads d`: the first half of d turns with the row, the second with the column."""
+        quarter = self.head_dim // 4
+        rates = self.theta ** (-torch.arange(quarter, device=x.device, dtype=torch.float32) / quarter)
+        angles = torch.cat([rows[:, None] * rates, columns[:, None] * rates], dim=1)[:, None]
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+    def forward(self, x: Tensor, first_frame: Tensor) -> Tensor:
+        """x `B C T h w`, first_frame `B C' h w` -> x's shape."""
+        frames, height, width = x.shape[2:]
+        query_map = self.norm_query(x).permute(0, 2, 3, 4, 1)
+        context_map = self.norm_context(first_frame).permute(0, 2, 3, 1)
+        side = self.window if height * width > self.window**2 else max(height, width)
+        bands = []
+        for top in range(0, height, side):
+            row = []
+            for left in range(0, width, side):
+                cut = (slice(top, top + side), slice(left, left + side))
+                row.append(self._attend(query_map[:, :, cut[0], cut[1]], context_map[:, cut[0], cut[1]]))
+            bands.append(torch.cat(row, dim=3))
+        return x + self.to_out(torch.cat(bands, dim=2)).permute(0, 4, 1, 2, 3)
+
+    def _attend(self, query_map: Tensor, context_map: Tensor) -> Tensor:
+        """One window: queries `B T h w C` on context `B h w C'`, both starting at the same corner -> `B T h w C`."""
+        batch, frames, height, width, _ = query_map.shape
+        rows, columns = torch.meshgrid(
+            torch.arange(height, device=query_map.device, dtype=torch.float32),
+            torch.arange(width, device=query_map.device, dtype=torch.float32),
+            indexing="ij",
+        )
+        rows, columns = rows.flatten(), columns.flatten()
+        query = self.to_q(query_map).reshape(batch * frames, height * width, -1, self.head_dim)
+        context = context_map.flatten(1, 2)
+        key = self.to_k(context).unflatten(-1, (-1, self.head_dim))
+        value = self.to_v(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        query = self._rotate(query, rows, columns)
+        # Keys and values are the same for every frame: the frames' queries stand in one row, so that nothing is copied.
+        query = query.reshape(batch, frames * height * width, -1, self.head_dim).transpose(1, 2)
+        key = self._rotate(key, rows, columns).transpose(1, 2)
+        out = F.scaled_dot_product_attention(query, key, value)
+        return out.transpose(1, 2).reshape(batch, frames, height, width, -1)

@@ -1,0 +1,35 @@
+"""The sizes of FSAE. They differ by their configuration alone: the same classes, from 1,008 million parameters to 8."""
+
+from __future__ import annotations
+
+from typing import Any
+
+STANDARD: dict[str, Any] = {
+    "widths": (128, 256, 512, 512, 1024, 1024, 2048),
+    "encoder_depths": (2, 2, 2, 3, 3, 3, 3),
+    "decoder_depths": (3, 3, 3, 3, 3, 3, 3),
+    "latent_channels": 128,
+    "decoder_kind": "standard",
+    "first_frame_injection": True,
+    "noise": 0.05,
+}
+
+LITE: dict[str, Any] = STANDARD | {
+    "decoder_kind": "lite",
+    # Peak memory is the up-convolution of stage 0, input and output at full resolution: half the channels, half the memory.
+    "decoder_widths": (64, 128, 512, 512, 1024, 1024, 2048),
+}
+
+NANO: dict[str, Any] = {
+    "widths": (16, 32, 64, 128, 128, 128, 128),
+    "encoder_depths": (1, 1, 1, 1, 1, 1, 1),
+    "decoder_depths": (1, 1, 2, 1, 1, 1, 1),
+    "latent_channels": 128,
+    "decoder_kind": "standard",
+    "first_frame_injection": True,
+    "injection_head_dim": 32,
+    # Sixteen channels have no room for noise that a large decoder turns into texture.
+    "noise": 0.0,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {"standard": STANDARD, "lite": LITE, "nano": NANO}
