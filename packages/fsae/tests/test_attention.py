@@ -1,0 +1,94 @@
+"""First-frame injection against a formula written pair by pair in float64, and the claims made for its start."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fsae.layers.attention import FirstFrameAttention
+
+
+def brute_force(layer: FirstFrameAttention, x: Tensor, first: Tensor, window: int) -> Tensor:
+    """Each query alone: rotary scores to every context cell of its window, softmax, sum."""
+    batch, channels, frames, height, width = x.shape
+    head, quarter = layer.head_dim, layer.head_dim // 4
+
+    def normed(norm: torch.nn.Module, v: Tensor) -> Tensor:
+        return v / (v.square().mean() + 1e-5).sqrt() * norm.weight + norm.bias
+
+    def angle(cell: tuple[int, int], pair: int) -> float:
+        rate = layer.theta ** (-(pair % quarter) / quarter)
+        return rate * (cell[0] if pair < quarter else cell[1])
+
+    def turn(v: Tensor, cell: tuple[int, int]) -> Tensor:
+        out = v.clone()
+        for pair in range(head // 2):
+            a = angle(cell, pair)
+            out[2 * pair] = v[2 * pair] * math.cos(a) - v[2 * pair + 1] * math.sin(a)
+            out[2 * pair + 1] = v[2 * pair] * math.sin(a) + v[2 * pair + 1] * math.cos(a)
+        return out
+
+    result = x.clone()
+    for b in range(batch):
+        for t in range(frames):
+            for y in range(height):
+                for z in range(width):
+                    top, left = y // window * window, z // window * window
+                    cells = [
+                        (i, j)
+                        for i in range(top, min(top + window, height))
+                        for j in range(left, min(left + window, width))
+                    ]
+                    q = layer.to_q(normed(layer.norm_query, x[b, :, t, y, z]))
+                    keys = [layer.to_k(normed(layer.norm_context, first[b, :, i, j])) for i, j in cells]
+                    values = [layer.to_v(normed(layer.norm_context, first[b, :, i, j])) for i, j in cells]
+                    mixed = []
+                    for h in range(channels // head):
+                        part = slice(h * head, (h + 1) * head)
+                        turned = turn(q[part], (y, z))
+                        scores = torch.stack([turned @ turn(k[part], c) for k, c in zip(keys, cells, strict=True)])
+                        weights = (scores / math.sqrt(head)).softmax(0)
+                        mixed.append(sum(w * v[part] for w, v in zip(weights, values, strict=True)))
+                    result[b, :, t, y, z] += layer.to_out(torch.cat(mixed))
+    return result
+
+
+def layer_with_weights(window: int) -> FirstFrameAttention:
+    torch.manual_seed(0)
+    layer = FirstFrameAttention(16, 12, head_dim=8, window=window, local_bias=1.0).double()
+    for parameter in layer.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return layer
+
+
+@torch.no_grad()
+def test_equals_brute_force_whole_and_in_windows() -> None:
+    x = torch.randn(1, 16, 2, 3, 5, dtype=torch.double)
+    first = torch.randn(1, 12, 3, 5, dtype=torch.double)
+    for window, effective in ((128, 128), (3, 3), (2, 2)):
+        layer = layer_with_weights(window)
+        # The layer's rotary angles are fp32, the formula's float64.
+        torch.testing.assert_close(layer(x, first), brute_force(layer, x, first, effective), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_starts_as_the_identity_and_local() -> None:
+    torch.manual_seed(0)
+    layer = FirstFrameAttention(32, 32, head_dim=32)
+    x, first = torch.randn(1, 32, 3, 8, 8), torch.randn(1, 32, 8, 8)
+    assert torch.equal(layer(x, first), x)
+    # With W_o the identity, each position gets (nearly) the value of its own cell; without the large biases it does not.
+    torch.nn.init.eye_(layer.to_out.weight)
+    own = layer.to_v(layer.norm_context(first).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def agreement() -> float:
+        got = (layer(x, first) - x)[:, :, 1]
+        return float(torch.nn.functional.cosine_similarity(got.flatten(), own.flatten(), dim=0))
+
+    local = agreement()
+    torch.nn.init.zeros_(layer.to_q.bias)
+    torch.nn.init.zeros_(layer.to_k.bias)
+    assert local > 0.95
+    assert agreement() < 0.5
