@@ -150,9 +150,7 @@ class NanoClips(torch.utils.data.Dataset[dict[str, Any]]):
         if kind is not None:
             motion = draw_travel(rng, kind)
         is_texture = rng.random() < self.texture_probability
-        sprite = (
-            self._draw_sprite(rng) if self.frames > 1 and rng.random() < self.sprite_probability else None
-        )
+        sprite = self._draw_sprite(rng) if self.frames > 1 and rng.random() < self.sprite_probability else None
         return Plan(
             motion=motion,
             caption=caption(
@@ -205,17 +203,13 @@ class NanoClips(torch.utils.data.Dataset[dict[str, Any]]):
             ],
             dim=-1,
         ).view(1, self.frames * height, width, 2)
-        video = F.grid_sample(
-            picture[None], grid, mode="bilinear", padding_mode="reflection", align_corners=False
-        )
+        video = F.grid_sample(picture[None], grid, mode="bilinear", padding_mode="reflection", align_corners=False)
         video = video.view(3, self.frames, height, width)
         if plan.sprite is not None:
             video = self._with_sprite(video, plan, source_x, source_y)
         return video.clamp_(0, 1).mul_(2).sub_(1)
 
-    def _picture(
-        self, plan: Plan, seen: tuple[float, float, float, float]
-    ) -> tuple[torch.Tensor, tuple[float, float]]:
+    def _picture(self, plan: Plan, seen: tuple[float, float, float, float]) -> tuple[torch.Tensor, tuple[float, float]]:
         """What the camera sees on its path, (3, h, w) in [0, 1], and its pixels per frame pixel (x, y)."""
         seen_width, seen_height = seen[1] - seen[0], seen[3] - seen[2]
         if plan.photograph < 0:
@@ -235,9 +229,7 @@ class NanoClips(torch.utils.data.Dataset[dict[str, Any]]):
         picture = self._recolour(region, plan.colour)
         return picture, (picture.shape[2] / seen_width, picture.shape[1] / seen_height)
 
-    def _region(
-        self, photograph: torch.Tensor, plan: Plan, seen: tuple[float, float]
-    ) -> tuple[torch.Tensor, float]:
+    def _region(self, photograph: torch.Tensor, plan: Plan, seen: tuple[float, float]) -> tuple[torch.Tensor, float]:
         """The part of a photograph that a clip looks at, and its photograph pixels per frame pixel.
 
         The view's scale is drawn as if the camera stood still, so that it tells little about the motion, and

@@ -45,9 +45,7 @@ def luminance(video: Any) -> torch.Tensor:
     """(T, 1, H, W) grey in [0, 1] of uint8 T H W 3, float T H W 3 in [0, 1], or float 3 T H W in [-1, 1]."""
     frames = torch.as_tensor(video)
     if frames.ndim != 4 or (frames.shape[-1] != 3 and frames.shape[0] != 3):
-        raise ValueError(
-            f"a video of shape {tuple(frames.shape)}; T H W 3 (uint8, or float 0..1) or 3 T H W (-1..1)"
-        )
+        raise ValueError(f"a video of shape {tuple(frames.shape)}; T H W 3 (uint8, or float 0..1) or 3 T H W (-1..1)")
     if frames.shape[-1] == 3:
         frames = frames.float() / 255 if frames.dtype == torch.uint8 else frames.float()
         frames = frames.permute(0, 3, 1, 2)
@@ -103,15 +101,11 @@ def _align(first: torch.Tensor, frame: torch.Tensor, start: torch.Tensor) -> tor
         residual = warped - target
         ones = torch.ones_like(x)
         jacobian = torch.stack([gx * x + gy * y, gy * x - gx * y, gx, gy, warped, ones], dim=-1).view(-1, 6)
-        spread = (
-            1.5 * residual[inside > 0].abs().median().clamp_min(1e-3) if inside.any() else torch.tensor(1.0)
-        )
+        spread = 1.5 * residual[inside > 0].abs().median().clamp_min(1e-3) if inside.any() else torch.tensor(1.0)
         weight = (inside / (1 + (residual / (2 * spread)) ** 2)).view(-1, 1)
         normal = jacobian.T @ (weight * jacobian)
         damping = 1e-3 * normal.diagonal() + 1e-6
-        step = torch.linalg.solve(normal + torch.diag(damping), -(jacobian * weight).T @ residual.view(-1))[
-            :4
-        ]
+        step = torch.linalg.solve(normal + torch.diag(damping), -(jacobian * weight).T @ residual.view(-1))[:4]
         step = step.clamp(-0.1, 0.1)
         parameters = parameters + step
         parameters[:2] = parameters[:2].clamp(-3, 3)

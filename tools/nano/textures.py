@@ -11,9 +11,7 @@ import math
 import torch
 
 
-def noise(
-    size: tuple[int, int], generator: torch.Generator, device: str | torch.device = "cpu"
-) -> torch.Tensor:
+def noise(size: tuple[int, int], generator: torch.Generator, device: str | torch.device = "cpu") -> torch.Tensor:
     """(3, H, W) in [0, 1]: noise with a 1/f^a amplitude spectrum (a in 0.8..1.6) and correlated colours."""
     height, width = size
     white = torch.randn(3, height, width, generator=generator).to(device)
@@ -25,10 +23,7 @@ def noise(
     shaped = torch.fft.irfft2(torch.fft.rfft2(white) * frequency ** (-exponent), s=size)
     shaped = shaped - shaped.mean((1, 2), keepdim=True)
     shaped = shaped / shaped.std((1, 2), keepdim=True).clamp_min(1e-6)
-    mixing = (
-        0.25 * torch.randn(3, 3, generator=generator)
-        + torch.rand(3, 1, generator=generator).expand(3, 3) * 0.4
-    )
+    mixing = 0.25 * torch.randn(3, 3, generator=generator) + torch.rand(3, 1, generator=generator).expand(3, 3) * 0.4
     mixed = torch.einsum("ij,jhw->ihw", 0.35 * mixing.to(device), shaped)
     mean = 0.25 + 0.5 * torch.rand(3, 1, 1, generator=generator).to(device)
     return (mean + mixed).clamp(0, 1)
@@ -64,9 +59,7 @@ def dead_leaves(
     return picture
 
 
-def texture(
-    size: tuple[int, int], generator: torch.Generator, device: str | torch.device = "cpu"
-) -> torch.Tensor:
+def texture(size: tuple[int, int], generator: torch.Generator, device: str | torch.device = "cpu") -> torch.Tensor:
     """(3, H, W) in [0, 1]: dead leaves three times in four, else noise."""
     if float(torch.rand((), generator=generator)) < 0.75:
         return dead_leaves(size, generator, device)
