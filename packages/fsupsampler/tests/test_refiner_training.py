@@ -1,0 +1,347 @@
+"""Training of the refiner: what it is shown, that it uses the draft, and from videos to folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from fsae import FSAE
+from fsae.errors import UserError
+from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
+from fsae.training.loop import train
+from fsdit import FSDiT
+from fsdit.conditioning import (
+    ImageEncoder,
+    TextEncoder,
+    first_frame_condition,
+    nano_image_encoder,
+    nano_text_encoder,
+    nano_tokenizer,
+)
+from fsdit.data import CachedClips
+from fsdit.flow import FlowSchedule
+from fsupsampler import LatentUpsampler
+from fsupsampler.config import MaskConfig, RefinerConfig, RegularizationConfig
+from fsupsampler.data import CachedPairs
+from fsupsampler.refiner import DynamicMask, deviation_latents, refiner_condition
+from fsupsampler.training import RefinerTask, train_refiner
+from fsupsampler.upsampler import nearest_upsample
+
+UPSAMPLER: dict[str, Any] = {"latent_channels": 4, "mid_channels": 8, "num_blocks": 1, "norm_groups": 4}
+SMALL: dict[str, Any] = {
+    "dim": 48,
+    "ffn_dim": 96,
+    "num_heads": 2,
+    "num_layers": 2,
+    "freq_dim": 32,
+    "text_dim": 128,
+    "text_len": 8,
+    "image_dim": 128,
+    "latent_channels": 4,
+}
+TINY_FSAE: dict[str, Any] = {
+    "widths": (8, 8, 16, 16, 16, 16, 16),
+    "encoder_depths": (1, 1, 1, 1, 1, 1, 1),
+    "decoder_depths": (1, 1, 1, 1, 1, 1, 1),
+    "latent_channels": 4,
+    "attention_head_dim": 8,
+    "injection_head_dim": 8,
+}
+NONE = RegularizationConfig(dropout=0.0, replacement=0.0, shuffle=0.0)
+
+
+def settings(tmp_path: Path, **changes: Any) -> RefinerConfig:
+    loop = LoopConfig(
+        output_dir=str(tmp_path / "run"),
+        max_steps=changes.pop("max_steps", 2),
+        batch_size=8,
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        schedule=ScheduleConfig(kind="constant"),
+        ema_decay=0.0,
+        tensorboard=False,
+        save_every=0,
+    )
+    options: dict[str, Any] = {"regularization": NONE, "caption_dropout": 0.0, **changes}
+    return RefinerConfig(data="", autoencoder="", upsampler="", encoders="", loop=loop, **options)
+
+
+def encoders() -> tuple[TextEncoder, ImageEncoder]:
+    torch.manual_seed(0)
+    return TextEncoder(nano_text_encoder(), nano_tokenizer(), 8), ImageEncoder(nano_image_encoder())
+
+
+def transformer(seed: int = 0) -> FSDiT:
+    torch.manual_seed(seed)
+    return FSDiT(**SMALL)
+
+
+def upsampler() -> LatentUpsampler:
+    torch.manual_seed(0)
+    model = LatentUpsampler(**UPSAMPLER)
+    nn.init.normal_(model.conv_out.weight, std=0.02)
+    return model.eval()
+
+
+def pairs(count: int = 32, mismatched: bool = False) -> CachedPairs:
+    """Clips in which only the low latents tell what comes after frame 0."""
+    low = torch.randn(count, 4, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    high = nearest_upsample(low)
+    if mismatched:
+        low = low.roll(1, dims=0)
+    images = torch.zeros(count, 3, 64, 64)
+    captions = ["a"] * count
+    return CachedPairs(CachedClips(low, captions, images), CachedClips(high, captions, images))
+
+
+def batch(count: int = 4) -> dict[str, Any]:
+    data = pairs()
+    return default_collate([data[i] for i in range(count)])
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Oracle(nn.Module):
+    """In the refiner's place: records what it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.config = FSDiT(**SMALL).config
+
+    def forward(self, inputs: Tensor, timestep: Tensor, text: Tensor, image: Tensor) -> Tensor:
+        self.seen = inputs, timestep
+        return self.weight + torch.zeros_like(inputs[:, :4])
+
+    def shown(self) -> tuple[Tensor, Tensor]:
+        """(mask, condition) of the last call."""
+        return self.seen[0][:, 4:8], self.seen[0][:, 8:]
+
+    def router_parameters(self) -> list[nn.Parameter]:
+        return []
+
+
+def oracle_task(tmp_path: Path, **changes: Any) -> tuple[Oracle, RefinerTask]:
+    base = changes.pop("base", None)
+    oracle = Oracle()
+    return oracle, RefinerTask(oracle, *encoders(), upsampler(), settings(tmp_path, **changes), base=base)
+
+
+# --- what the refiner is shown ----
+
+
+def test_loss_is_flow_matching_of_the_high_latents_on_the_drafts_condition(tmp_path: Path) -> None:
+    oracle, task = oracle_task(tmp_path, flow=FlowSchedule(3.0), huber_delta=0.4)
+    data = batch()
+    task.mask.eval()
+    out = task.loss(data, generator(5))
+    mask, condition = oracle.shown()
+    expected = refiner_condition(data["high"][:, :, :1], upsampler()(data["low"]), DynamicMask())
+    assert torch.allclose(condition, expected.latents, atol=1e-6) and torch.allclose(mask, expected.mask, atol=1e-5)
+    assert mask[:, :, 0].eq(1).all() and mask[:, :, 1:].max() <= 0.9
+    noisy, timestep = oracle.seen[0][:, :4], oracle.seen[1]
+    s = (timestep / 1000).view(-1, 1, 1, 1, 1)
+    noise = (noisy - (1 - s) * data["high"]) / s
+    mse = (noise - data["high"]).square().flatten(1).mean(1)
+    assert out["loss"].item() == pytest.approx(((mse + 0.4**2).sqrt() - 0.4).mean().item(), rel=1e-3)
+    assert noise.std().item() == pytest.approx(1.0, abs=0.15)
+
+
+def test_default_noise_levels_are_the_refiners(tmp_path: Path) -> None:
+    assert settings(tmp_path).flow.shift == 8.0 and settings(tmp_path).base_flow.shift == 5.0
+    assert (settings(tmp_path).validation_steps, settings(tmp_path).validation_guidance) == (8, 1.0)
+
+
+def test_regularisation_acts_in_training_and_rests_in_validation(tmp_path: Path) -> None:
+    oracle, task = oracle_task(tmp_path, regularization=RegularizationConfig(dropout=1.0))
+    data = batch()
+    task.loss(data, generator())
+    mask, condition = oracle.shown()
+    assert not mask[:, :, 1:].any() and not condition[:, :, 1:].any() and mask[:, :, 0].eq(1).all()
+    oracle.eval()
+    task.loss(data, generator())
+    mask, condition = oracle.shown()
+    assert mask[:, :, 1:].min() > 0 and condition[:, :, 1:].abs().min() > 0
+
+
+def test_replaced_frames_are_the_true_high_latents(tmp_path: Path) -> None:
+    options = RegularizationConfig(dropout=0.0, replacement=1.0, replacement_fraction=1.0, shuffle=0.0)
+    oracle, task = oracle_task(tmp_path, regularization=options)
+    data = batch(32)
+    task.loss(data, generator())
+    mask, condition = oracle.shown()
+    true = (mask == 1)[:, :1].expand_as(condition)
+    assert true[:, :, 1:].any() and torch.equal(condition[true], data["high"][true])
+
+
+def test_mask_options_reach_the_mask(tmp_path: Path) -> None:
+    def shown(**options: Any) -> Tensor:
+        oracle, task = oracle_task(tmp_path, mask=MaskConfig(**options))
+        with torch.no_grad():
+            task.upsampler.conv_out.weight.mul_(20)  # a draft with errors that differ over the frame
+        for _ in range(2):
+            task.loss(batch(), generator())
+        return oracle.shown()[0][:, :, 1:]
+
+    plain = shown()
+    assert shown(low=0.3, high=0.6).min() >= 0.3 and shown(low=0.3, high=0.6).max() <= 0.6
+    assert torch.allclose(shown(inverted=True) + plain, torch.tensor(1.0), atol=1e-5)
+    assert plain[0, 0, 0].std() > 1e-3 and shown(scalar=True)[0, 0, 0].std() < 1e-6
+    _, fast = oracle_task(tmp_path, mask=MaskConfig(decay=0.25))
+    assert fast.mask.decay == 0.25
+
+
+def test_the_mask_learns_its_percentiles_in_training_alone(tmp_path: Path) -> None:
+    _, task = oracle_task(tmp_path)
+    task.loss(batch(), generator())
+    assert task.mask.updates == 1 and task.mask.error_95 < 1
+    task.mask.eval()
+    task.loss(batch(), generator())
+    assert task.mask.updates == 1
+
+
+def test_with_a_base_model_drafts_are_made_of_its_estimates(tmp_path: Path) -> None:
+    base = transformer(seed=3).eval().requires_grad_(False)
+    nn.init.normal_(base.head.head.weight, std=0.2)
+    data = batch()
+    oracle, task = oracle_task(tmp_path, base=base, base_flow=FlowSchedule(2.0))
+    assert task.frozen["base"] is base
+    task.loss(data, generator(9))
+    draws = generator(9)
+    noise = torch.randn(data["low"].shape, generator=draws)
+    sigma = FlowSchedule(2.0).sample(4, draws)
+    known = first_frame_condition(data["low"][:, :, :1], 3)
+    context = task.context(data, data["caption"])
+    estimate = deviation_latents(base, data["low"], noise, sigma, known, context)
+    assert torch.allclose(oracle.shown()[1][:, :, 1:], upsampler()(estimate)[:, :, 1:], atol=1e-5)
+    oracle.eval()
+    task.loss(data, generator(9))
+    assert torch.allclose(oracle.shown()[1][:, :, 1:], upsampler()(data["low"])[:, :, 1:], atol=1e-5)
+
+
+def test_only_the_refiner_is_trained(tmp_path: Path) -> None:
+    model = transformer()
+    nn.init.normal_(model.head.head.weight)
+    task = RefinerTask(model, *encoders(), upsampler().requires_grad_(False), settings(tmp_path))
+    assert set(task.modules) == {"transformer", "mask"}
+    assert set(task.frozen) == {"text_encoder", "image_encoder", "upsampler"}
+    task.loss(batch(), generator())["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters())
+    frozen = [p for module in task.frozen.values() for p in module.parameters()]
+    assert all(p.grad is None for p in frozen)
+
+
+# --- learning ----
+
+
+def trained_loss(tmp_path: Path, mismatched: bool) -> tuple[float, float]:
+    data = pairs(mismatched=mismatched)
+    config = settings(tmp_path / str(mismatched), max_steps=40, flow=FlowSchedule(4.0))
+    held_out = default_collate([data[i] for i in range(32)])
+    task = RefinerTask(transformer(), *encoders(), upsampler(), config, validation=held_out)
+
+    def loss() -> float:
+        for module in task.modules.values():
+            module.eval()
+        with torch.no_grad():
+            return float(task.validate(0)["loss"])
+
+    before = loss()
+    train(task, data, config.loop)
+    return before, loss()
+
+
+def test_it_learns_and_uses_the_draft(tmp_path: Path) -> None:
+    before, after = trained_loss(tmp_path, mismatched=False)
+    _, control = trained_loss(tmp_path, mismatched=True)
+    assert after < 0.6 * before
+    assert control > 1.2 * after  # the same clips, each with another one's draft
+
+
+def test_a_resumed_run_has_the_weights_and_percentiles_of_one_in_a_go(tmp_path: Path) -> None:
+    def run(name: str, steps: int) -> RefinerTask:
+        config = settings(tmp_path / name, max_steps=steps, regularization=RegularizationConfig(), caption_dropout=0.1)
+        task = RefinerTask(transformer(), *encoders(), upsampler(), config)
+        train(task, pairs(), config.loop)
+        return task
+
+    whole = run("whole", 4)
+    run("parts", 2)
+    resumed = run("parts", 4)
+    for name, module in whole.modules.items():
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, resumed.modules[name].state_dict()[key]), (name, key)
+    assert whole.mask.updates == 4
+
+
+# --- from videos to folders ----
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An autoencoder, an upsampler, a transformer and encoders, saved."""
+    root = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    FSAE(**TINY_FSAE).save_pretrained(root / "fsae")
+    upsampler().save_pretrained(root / "up")
+    transformer().save_pretrained(root / "dit")
+    text, image = encoders()
+    text.model.save_pretrained(root / "encoders" / "text_encoder")
+    text.tokenizer.save_pretrained(root / "encoders" / "tokenizer")
+    image.model.save_pretrained(root / "encoders" / "image_encoder")
+    yield root
+
+
+def folder_settings(tmp_path: Path, root: Path) -> RefinerConfig:
+    config = settings(tmp_path, frames=5, height=128, width=128, validation_steps=2, validation_samples=1)
+    return replace(
+        config,
+        autoencoder=str(root / "fsae"),
+        upsampler=str(root / "up"),
+        encoders=str(root / "encoders"),
+        model=str(root / "dit"),
+        loop=replace(config.loop, batch_size=1, validate_every=1, ema_decay=0.9),
+    )
+
+
+def test_from_videos_to_a_saved_refiner_and_its_mask(tmp_path: Path, folders: Path) -> None:
+    videos = [{"video": torch.rand(3, 5, 128, 128) * 2 - 1, "caption": c} for c in ("left", "right")]
+    config = replace(folder_settings(tmp_path, folders), base=str(folders / "dit"), gradient_checkpointing=True)
+    saved = train_refiner(config, dataset=videos)
+    assert [f.name for f in saved] == ["refiner", "dynamic_mask"]
+    trained, start = FSDiT.from_pretrained(saved[0]), FSDiT.from_pretrained(folders / "dit")
+    assert not torch.equal(trained.head.head.weight, start.head.head.weight)
+    mask = DynamicMask.from_pretrained(saved[1]).config
+    assert 0 < mask.error_5 < mask.error_95 and (mask.error_5, mask.error_95) != (0.0, 1.0)
+    assert list((tmp_path / "run" / "validation").glob("*samples.png"))
+
+
+def test_wrong_settings_are_sentences(tmp_path: Path, folders: Path) -> None:
+    config = folder_settings(tmp_path, folders)
+    with pytest.raises(UserError, match="multiples of 128"):
+        train_refiner(replace(config, width=192))
+    with pytest.raises(UserError, match="no model folder"):
+        train_refiner(replace(config, upsampler=str(tmp_path / "none")))
+    with pytest.raises(UserError, match="neither a preset"):
+        train_refiner(replace(config, model="nanno"))
+    for changes in ({"encoders": "nano"}, {"train_encoders": True}):
+        with pytest.raises(UserError, match="leaves them as they are"):
+            replace(config, **changes)
+    with pytest.raises(UserError, match="mask low and high"):
+        MaskConfig(low=0.9, high=0.1)
+    with pytest.raises(UserError, match="latents_std is not the autoencoder's"):
+        RefinerTask(
+            transformer(),
+            *encoders(),
+            LatentUpsampler(**UPSAMPLER, latents_std=[2.0] * 4),
+            config,
+            FSAE(**TINY_FSAE),
+        )

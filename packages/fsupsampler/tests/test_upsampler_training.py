@@ -1,0 +1,243 @@
+"""Training of the upsampler: what the loss is, that it learns more than copying, from videos to a folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from fsae import FSAE
+from fsae.errors import UserError
+from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
+from fsae.training.loop import train
+from fsdit.data import CachedClips
+from fsupsampler import LatentUpsampler
+from fsupsampler.config import UpsamplerConfig, UpsamplerLoss
+from fsupsampler.data import CachedPairs, encode_pair, encode_pairs, halve
+from fsupsampler.training import UpsamplerTask, train_upsampler
+from fsupsampler.upsampler import nearest_upsample
+
+SMALL: dict[str, Any] = {"latent_channels": 4, "mid_channels": 16, "num_blocks": 1, "norm_groups": 4}
+TINY_FSAE: dict[str, Any] = {
+    "widths": (8, 8, 16, 16, 16, 16, 16),
+    "encoder_depths": (1, 1, 1, 1, 1, 1, 1),
+    "decoder_depths": (1, 1, 1, 1, 1, 1, 1),
+    "latent_channels": 4,
+    "attention_head_dim": 8,
+    "injection_head_dim": 8,
+}
+LATENTS_ONLY = UpsamplerLoss(latent=1.0, pixel=0.0, perceptual=0.0)
+
+
+def loop(tmp_path: Path, **changes: Any) -> LoopConfig:
+    settings: dict[str, Any] = {
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 80,
+        "batch_size": 8,
+        "optimizer": OptimizerConfig(learning_rate=5e-3),
+        "schedule": ScheduleConfig(kind="constant"),
+        "ema_decay": 0.0,
+        "tensorboard": False,
+        "save_every": 0,
+    }
+    return LoopConfig(**{**settings, **changes})
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def structured(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Pairs whose detail follows from the low latents: a cell's four quarters differ by its next channel."""
+    low = torch.randn(count, 4, 2, 2, 2, generator=generator(seed))
+    quarters = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(2, 2)
+    return low, nearest_upsample(low) + 0.5 * quarters * nearest_upsample(low.roll(1, dims=1))
+
+
+def pairs(low: Tensor, high: Tensor) -> CachedPairs:
+    captions, images = [""] * len(low), torch.zeros(len(low), 3, 8, 8)
+    return CachedPairs(CachedClips(low, captions, images), CachedClips(high, captions, images))
+
+
+def video_batch(count: int = 2, frames: int = 5) -> dict[str, Any]:
+    torch.manual_seed(1)
+    return default_collate([{"video": torch.rand(3, frames, 128, 128) * 2 - 1, "caption": ""} for _ in range(count)])
+
+
+def tiny_autoencoder(**options: Any) -> FSAE:
+    torch.manual_seed(0)
+    return FSAE(**TINY_FSAE, **options).eval().requires_grad_(False)
+
+
+class Distance(nn.Module):
+    """In LPIPS's place."""
+
+    class trunk:
+        name = "none"
+
+    def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
+        return (reconstruction - target).square().mean()
+
+
+# --- the loss ----
+
+
+def test_halving_is_bicubic_frame_by_frame_and_stays_in_range() -> None:
+    video = torch.rand(2, 3, 4, 16, 8, generator=generator()) * 2 - 1
+    small = halve(video)
+    assert small.shape == (2, 3, 4, 8, 4) and small.abs().max() <= 1
+    for frame in range(4):
+        alone = F.interpolate(video[:, :, frame], scale_factor=0.5, mode="bicubic", antialias=True).clamp(-1, 1)
+        assert torch.allclose(small[:, :, frame], alone, atol=1e-6)
+
+
+def test_loss_is_the_weighted_sum_of_equation_9() -> None:
+    autoencoder, batch = tiny_autoencoder(), video_batch()
+    upsampler = LatentUpsampler(**SMALL)
+    nn.init.normal_(upsampler.conv_out.weight, std=0.1)
+    video = batch["video"]
+    low, high = autoencoder.encode(halve(video)), autoencoder.encode(video)
+    draft = upsampler(low)
+    decoded = autoencoder.decode(draft, first_frame=video[:, :, :1])
+    expected = {
+        "latent_l1": (draft - high).abs().mean(),
+        "pixel_l1": (decoded - video).abs().mean(),
+        "perceptual": (decoded - video).square().mean(),
+    }
+    weights = UpsamplerLoss(latent=0.3, pixel=0.2, perceptual=0.7)
+    terms = UpsamplerTask(upsampler, weights, autoencoder, Distance()).loss(batch, generator())
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(value.item(), rel=1e-5)
+    total = 0.3 * expected["latent_l1"] + 0.2 * expected["pixel_l1"] + 0.7 * expected["perceptual"]
+    assert terms["loss"].item() == pytest.approx(total.item(), rel=1e-5)
+    terms["loss"].backward()
+    assert all(p.grad is not None for p in upsampler.parameters())
+
+
+def test_without_weights_on_pixels_nothing_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    autoencoder = tiny_autoencoder()
+    monkeypatch.setattr(FSAE, "decode", None)
+    task = UpsamplerTask(LatentUpsampler(**SMALL), LATENTS_ONLY, autoencoder)
+    assert set(task.loss(video_batch(), generator())) == {"loss", "latent_l1"}
+
+
+def test_cached_pairs_give_the_loss_of_their_videos() -> None:
+    autoencoder = tiny_autoencoder(latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
+    upsampler = LatentUpsampler(**SMALL, latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
+    batch = video_batch()
+    clips = [{"video": clip, "caption": "c"} for clip in batch["video"]]
+    cached = encode_pairs(clips, autoencoder, image_size=16)
+    assert cached[0]["image"].shape == (3, 16, 16) and cached[0]["caption"] == "c"
+    low, high = encode_pair(autoencoder, batch["video"])
+    assert torch.allclose(cached[1]["low"], low[1], atol=1e-5)
+    assert torch.allclose(cached[1]["high"], high[1], atol=1e-5)
+    losses = [
+        UpsamplerTask(upsampler, LATENTS_ONLY, given).loss(data, generator())["loss"].item()
+        for given, data in ((autoencoder, batch), (None, default_collate([cached[0], cached[1]])))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_mismatched_parts_are_sentences() -> None:
+    with pytest.raises(UserError, match="latents_mean is not the autoencoder's"):
+        UpsamplerTask(LatentUpsampler(**SMALL), LATENTS_ONLY, tiny_autoencoder(latents_mean=[0.1] * 4))
+    with pytest.raises(UserError, match="needs the autoencoder"):
+        UpsamplerTask(LatentUpsampler(**SMALL), UpsamplerLoss())
+    with pytest.raises(UserError, match="give the autoencoder"):
+        UpsamplerTask(LatentUpsampler(**SMALL), LATENTS_ONLY).loss(video_batch(), generator())
+    with pytest.raises(ValueError, match="half the height and width"):
+        pairs(torch.zeros(1, 4, 1, 2, 2), torch.zeros(1, 4, 1, 2, 4))
+    with pytest.raises(UserError, match=r"loss\.pixel"):
+        UpsamplerLoss(pixel=-1.0)
+
+
+# --- learning ----
+
+
+def test_it_learns_detail_that_copying_and_bicubic_lack(tmp_path: Path) -> None:
+    """And not from pairs that do not belong together."""
+    low, high = structured(64, seed=0)
+    unseen_low, unseen_high = structured(16, seed=1)
+
+    def error(draft: Tensor) -> float:
+        return (draft - unseen_high).abs().mean().item()
+
+    def trained(data: CachedPairs, name: str) -> tuple[float, float]:
+        torch.manual_seed(0)
+        upsampler = LatentUpsampler(**SMALL)
+        task = UpsamplerTask(upsampler, LATENTS_ONLY)
+        before = error(upsampler(unseen_low))
+        train(task, data, loop(tmp_path / name))
+        return before, error(upsampler.eval()(unseen_low))
+
+    before, after = trained(pairs(low, high), "pairs")
+    _, control = trained(pairs(low, high.roll(1, dims=0)), "mismatched")
+    nearest = error(nearest_upsample(unseen_low))
+    frames = unseen_low.transpose(1, 2).flatten(0, 1)
+    cubic = F.interpolate(frames, scale_factor=2, mode="bicubic").unflatten(0, (16, 2)).transpose(1, 2)
+    assert before == pytest.approx(nearest, rel=1e-5)  # untrained, it is the copy
+    assert after < 0.7 * min(nearest, error(cubic))
+    assert control > nearest
+
+
+def test_validation_measures_against_copying_and_shows_drafts() -> None:
+    autoencoder, batch = tiny_autoencoder(), video_batch()
+    with torch.no_grad():
+        task = UpsamplerTask(LatentUpsampler(**SMALL), UpsamplerLoss(), autoencoder, validation=batch)
+        result = task.validate(0)
+    assert result["latent_l1"].item() == pytest.approx(result["nearest_l1"].item(), rel=1e-5)
+    assert result["drafts"].shape == (3, 2 * 128, 2 * 3 * 128)  # videos over drafts; two clips, three frames
+    assert UpsamplerTask(LatentUpsampler(**SMALL), LATENTS_ONLY).validate(0) == {}
+
+
+# --- from videos to a folder ----
+
+
+def settings(tmp_path: Path, **changes: Any) -> UpsamplerConfig:
+    tiny_autoencoder(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.5] * 4).save_pretrained(tmp_path / "fsae")
+    LatentUpsampler(**SMALL, latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.5] * 4).save_pretrained(tmp_path / "up")
+    options: dict[str, Any] = {
+        "frames": 1,
+        "height": 128,
+        "width": 128,
+        "model": str(tmp_path / "up"),
+        **changes,
+    }
+    run = loop(tmp_path, max_steps=2, batch_size=2, validate_every=1, ema_decay=0.9)
+    return UpsamplerConfig(data="", autoencoder=str(tmp_path / "fsae"), loop=run, **options)
+
+
+def test_from_videos_to_a_saved_upsampler(tmp_path: Path) -> None:
+    videos = [{"video": torch.rand(3, 1, 128, 128) * 2 - 1, "caption": ""} for _ in range(3)]
+    config = settings(tmp_path, gradient_checkpointing=True, validation_samples=2)
+    (folder,) = train_upsampler(config, dataset=videos)
+    assert folder.name == "upsampler"
+    trained, start = LatentUpsampler.from_pretrained(folder), LatentUpsampler.from_pretrained(tmp_path / "up")
+    assert not torch.equal(trained.conv_out.weight, start.conv_out.weight)
+    assert list((tmp_path / "run" / "validation").glob("*drafts.png"))
+
+
+def test_a_preset_takes_the_autoencoders_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LatentUpsampler, "presets", {"toy": SMALL})
+    videos = [{"video": torch.rand(3, 1, 128, 128) * 2 - 1, "caption": ""} for _ in range(2)]
+    (folder,) = train_upsampler(settings(tmp_path, model="toy"), dataset=videos)
+    config = LatentUpsampler.from_pretrained(folder).config
+    assert config.latents_mean == [0.1, 0.2, 0.3, 0.4] and config.latents_std == [1.5] * 4
+
+
+def test_wrong_settings_are_sentences(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    with pytest.raises(UserError, match="multiples of 128"):
+        train_upsampler(replace(config, height=192))
+    with pytest.raises(UserError, match="cannot be encoded"):
+        train_upsampler(replace(config, frames=6))
+    with pytest.raises(UserError, match="neither a preset"):
+        train_upsampler(replace(config, model="nanno"))
+    with pytest.raises(UserError, match="validation_samples"):
+        replace(config, validation_samples=0)
