@@ -21,6 +21,7 @@ TINY: dict[str, Any] = {
     "latent_channels": 16,
     "injection_head_dim": 4,
     "injection_window": 128,
+    "injection_reach": 8.0,
 }
 
 

@@ -79,6 +79,7 @@ class Decoder(nn.Module):
             runs at the latents' frame rate, where one frame of the decoder stands for one latent.
         injection_head_dim: channels a head of the injection.
         injection_window: side of its windows.
+        injection_reach: pixels that its offsets are counted in; 0 for none.
         style: what all blocks share.
     """
 
@@ -94,6 +95,7 @@ class Decoder(nn.Module):
         context_widths: Sequence[int] | None = None,
         injection_head_dim: int = 64,
         injection_window: int = 128,
+        injection_reach: float = 0.0,
     ) -> None:
         super().__init__()
         self.copies = widths[-1] // latent_channels
@@ -108,6 +110,7 @@ class Decoder(nn.Module):
                     context_widths[s],
                     head_dim=injection_head_dim,
                     window=injection_window,
+                    reach=injection_reach / 2**s,
                     eps=style.eps,
                     norm_affine=style.norm_affine,
                 )

@@ -38,6 +38,7 @@ class FSAE(StrictModelMixin):
         first_frame_injection: whether the decoder attends to the encoder's features of frame 0.
         injection_head_dim: channels a head of that attention.
         injection_window: side of its windows, in cells of a stage.
+        injection_reach: pixels that the injection's offsets are counted in, so that it follows motion; 0 for none.
         attention_head_dim: channels a head of the linear attention.
         noise: weight of the noise in the decoder's residual blocks; 0 is none.
         norm_eps: epsilon of the pixel norms.
@@ -62,6 +63,7 @@ class FSAE(StrictModelMixin):
         first_frame_injection: bool = True,
         injection_head_dim: int = 64,
         injection_window: int = 128,
+        injection_reach: float = 0.0,
         attention_head_dim: int = 32,
         noise: float = 0.05,
         norm_eps: float = 1e-5,
@@ -83,6 +85,7 @@ class FSAE(StrictModelMixin):
             context_widths=widths if first_frame_injection else None,
             injection_head_dim=injection_head_dim,
             injection_window=injection_window,
+            injection_reach=injection_reach,
         )
 
     @property

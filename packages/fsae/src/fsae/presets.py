@@ -28,6 +28,8 @@ NANO: dict[str, Any] = {
     "decoder_kind": "standard",
     "first_frame_injection": True,
     "injection_head_dim": 32,
+    # 7.9 million parameters must find by themselves what moved where; the paper's sizes learn it in their queries.
+    "injection_reach": 32.0,
     # Sixteen channels have no room for noise that a large decoder turns into texture.
     "noise": 0.0,
 }

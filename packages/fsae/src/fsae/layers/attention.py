@@ -67,11 +67,16 @@ class FirstFrameAttention(nn.Module):
     start equal and large and the weights small, which makes the attention local from the first step, and W_o starts at zero,
     which makes the layer the identity. With more than `window`² positions, queries and context are cut into aligned windows.
 
+    With a `reach` each head of a query also says where to look from: its rotary position is its own cell plus an offset read
+    off its features, at first zero. What moved since frame 0 is then found by two numbers a head in place of a rotation of
+    every pair of channels, which a small model learns from few clips.
+
     Args:
         channels: channels of the stage, C.
         context_channels: channels of the first frame's features.
         head_dim: channels a head; a multiple of 4.
         window: side of the aligned windows, in cells of this stage.
+        reach: the offset, in cells, that a feature of 1 stands for; 0 builds no offsets.
         local_bias: the starting value of the query and key biases.
         theta: base of the rotary wavelengths, which run from 2π to 2π·theta cells.
     """
@@ -83,6 +88,7 @@ class FirstFrameAttention(nn.Module):
         *,
         head_dim: int = 64,
         window: int = 128,
+        reach: float = 0.0,
         local_bias: float = 4.0,
         theta: float = 100.0,
         eps: float = 1e-5,
@@ -91,7 +97,7 @@ class FirstFrameAttention(nn.Module):
         super().__init__()
         if head_dim % 4 or channels % head_dim:
             raise ValueError(f"head_dim is {head_dim}; it must be a multiple of 4 that divides {channels} channels")
-        self.head_dim, self.window, self.theta = head_dim, window, theta
+        self.head_dim, self.window, self.reach, self.theta = head_dim, window, reach, theta
         self.norm_query = PixelNorm(channels, eps, norm_affine)
         self.norm_context = PixelNorm(context_channels, eps, norm_affine)
         self.to_q = nn.Linear(channels, channels)
@@ -103,12 +109,19 @@ class FirstFrameAttention(nn.Module):
             nn.init.constant_(near.bias, local_bias)
         nn.init.zeros_(self.to_out.weight)
         nn.init.zeros_(self.to_out.bias)
+        self.to_offset = nn.Linear(channels, 2 * (channels // head_dim)) if reach > 0 else None
+        if self.to_offset is not None:
+            nn.init.zeros_(self.to_offset.weight)
+            nn.init.zeros_(self.to_offset.bias)
 
-    def _rotate(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Rotary positions on `B N heads d`: the first half of d turns with the row, the second with the column."""
+    def _rotate(self, x: Tensor, cells: Tensor) -> Tensor:
+        """Rotary positions on `... N heads d`: the first half of d turns with the row, the second with the column.
+
+        cells: rows and columns `... N heads 2`, fp32, of any shape that broadcasts.
+        """
         quarter = self.head_dim // 4
         rates = self.theta ** (-torch.arange(quarter, device=x.device, dtype=torch.float32) / quarter)
-        angles = torch.cat([rows[:, None] * rates, columns[:, None] * rates], dim=1)[:, None]
+        angles = (cells[..., None] * rates).flatten(-2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
@@ -131,19 +144,21 @@ class FirstFrameAttention(nn.Module):
     def _attend(self, query_map: Tensor, context_map: Tensor) -> Tensor:
         """One window: queries `B T h w C` on context `B h w C'`, both starting at the same corner -> `B T h w C`."""
         batch, frames, height, width, _ = query_map.shape
-        rows, columns = torch.meshgrid(
+        cells = torch.cartesian_prod(
             torch.arange(height, device=query_map.device, dtype=torch.float32),
             torch.arange(width, device=query_map.device, dtype=torch.float32),
-            indexing="ij",
-        )
-        rows, columns = rows.flatten(), columns.flatten()
+        ).unsqueeze(1)
         query = self.to_q(query_map).reshape(batch * frames, height * width, -1, self.head_dim)
         context = context_map.flatten(1, 2)
         key = self.to_k(context).unflatten(-1, (-1, self.head_dim))
         value = self.to_v(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        query = self._rotate(query, rows, columns)
+        looked_from = cells
+        if self.to_offset is not None:
+            offset = self.to_offset(query_map).float().reshape(batch * frames, height * width, -1, 2)
+            looked_from = cells + self.reach * offset
+        query = self._rotate(query, looked_from)
         # Keys and values are the same for every frame: the frames' queries stand in one row, so that nothing is copied.
         query = query.reshape(batch, frames * height * width, -1, self.head_dim).transpose(1, 2)
-        key = self._rotate(key, rows, columns).transpose(1, 2)
+        key = self._rotate(key, cells).transpose(1, 2)
         out = F.scaled_dot_product_attention(query, key, value)
         return out.transpose(1, 2).reshape(batch, frames, height, width, -1)
