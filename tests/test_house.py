@@ -17,9 +17,7 @@ TEXT_SUFFIXES = {".py", ".toml", ".txt", ".md", ".yml", ".yaml", ".json", ".sh",
 SKIPPED = {".git", ".venv", "build", "dist", "runs", "__pycache__"}
 
 # A path below a person's or a machine's own folders; the text is pieced together to keep this file clean.
-MACHINE_PATH = re.compile(
-    r"(?<![\w./:])/(?:" + "|".join(["home", "root", "Users", "work", "mnt"]) + r")/[\w.]"
-)
+MACHINE_PATH = re.compile(r"(?<![\w./:])/(?:" + "|".join(["home", "root", "Users", "work", "mnt"]) + r")/[\w.]")
 
 
 def project_texts() -> list[Path]:
@@ -76,11 +74,7 @@ def test_no_module_is_a_room_without_a_name() -> None:
 
 
 def test_nothing_unpickles() -> None:
-    found = {
-        str(path): lines
-        for path in source_files()
-        if (lines := unsafe_loads(path.read_text(encoding="utf-8")))
-    }
+    found = {str(path): lines for path in source_files() if (lines := unsafe_loads(path.read_text(encoding="utf-8")))}
     assert found == {}
 
 

@@ -1,7 +1,8 @@
 """Trains every part of the nano model on the nano world, stage by stage.
 
     python tools/nano/train.py images        # the autoencoder, on single images
-    python tools/nano/train.py videos        # inflated, on moving clips
+    python tools/nano/train.py motion        # inflated; what moved where, told by the known camera
+    python tools/nano/train.py videos        # moving clips, reconstructed
     python tools/nano/train.py decoder       # its encoder frozen, the decoder alone
     python tools/nano/train.py cache         # clips as latents, for the stages below (needs videos)
     python tools/nano/train.py base          # the transformer and its two encoders
@@ -19,6 +20,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from captions import caption
 from clips import NanoClips, Plan
+from motion import camera_path
 
 from fsae import FSAE
 from fsae.checkpoint import save_state
@@ -78,10 +81,27 @@ def validation_clips(frames: int, size: int, count: int) -> Tensor:
     return torch.stack([held_out[i]["video"] for i in range(count)])
 
 
+class TrackedClips(torch.utils.data.Dataset[dict[str, Any]]):
+    """Clips with the camera's path, which tells where each pixel was in frame 0."""
+
+    def __init__(self, clips: NanoClips) -> None:
+        self.clips = clips
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        plan = self.clips.plan(index)
+        return {
+            "video": self.clips.render(plan),
+            "path": camera_path(plan.motion, self.clips.frames, self.clips.size),
+        }
+
+
 class Alternating(torch.utils.data.Dataset[dict[str, Any]]):
     """Several clip lengths and sizes in turn, for batches of one: item i comes from world i % n."""
 
-    def __init__(self, worlds: list[NanoClips]) -> None:
+    def __init__(self, worlds: list[TrackedClips]) -> None:
         self.worlds = worlds
 
     def __len__(self) -> int:
@@ -93,8 +113,75 @@ class Alternating(torch.utils.data.Dataset[dict[str, Any]]):
 
 def moving_worlds(seed: int) -> Alternating:
     """Mostly 17 frames at 128 pixels, some 5 frames at 256."""
-    worlds = [NanoClips("train", 17, (LOW, LOW), seed=seed + s) for s in range(3)]
-    return Alternating([*worlds, NanoClips("train", 5, (HIGH, HIGH), seed=seed + 3)])
+    sizes = [(17, LOW)] * 3 + [(5, HIGH)]
+    worlds = [NanoClips("train", frames, (size, size), seed=seed + s) for s, (frames, size) in enumerate(sizes)]
+    return Alternating([TrackedClips(world) for world in worlds])
+
+
+class MotionTask(AutoencoderTask):
+    """Reconstruction, and beside it the offsets of the first-frame injection told by the known camera path.
+
+    A cell of the decoder that stands for frames 4j-3 ... 4j looks back at frame 0; its heads are spread over these
+    frames, the first one told where the cell was at 4j-3 and the last one where it was at 4j. Batches hold `video` and
+    `path` `B T 2 3`.
+
+    Args:
+        model: an FSAE with offsets.
+        weight: of the offsets' L1, in the units the offsets are counted in.
+        reconstruct: whether the clip is decoded; without it the outer stages, most of the cost, are left out.
+    """
+
+    def __init__(
+        self, model: FSAE, weight: float, *, reconstruct: bool = True, validation: Tensor | None = None
+    ) -> None:
+        super().__init__(model, validation=validation)
+        self.weight, self.reconstruct = weight, reconstruct
+        self.settings = {**self.settings, "offset_weight": weight, "reconstruct": reconstruct}
+        self.offsets: list[Tensor] = []
+        for stage in model.decoder.stages:
+            if stage.injection is not None:
+                stage.injection.to_offset.register_forward_hook(lambda _module, _inputs, out: self.offsets.append(out))
+
+    def loss(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        """L1 of pixels (if they are decoded) + weight x L1 of offsets; the offsets' error in pixels beside it."""
+        self.offsets.clear()
+        if self.reconstruct:
+            terms = super().loss(batch, generator)
+        else:
+            self._inner_stages(batch["video"], generator)
+            terms = {"loss": torch.zeros((), device=batch["video"].device)}
+        error = torch.stack([self._offset_error(found, batch["path"], batch["video"].shape) for found in self.offsets])
+        terms["loss"] = terms["loss"] + self.weight * error.mean()
+        # Both stages of finest cells, which must find the place that they copy from.
+        terms["offset_pixels"] = error.detach()[-2:].mean() * self.model.config.injection_reach
+        self.offsets.clear()
+        return terms
+
+    def _inner_stages(self, video: Tensor, generator: torch.Generator) -> None:
+        """The decoder down to the finest injection."""
+        features, latents = self.model.encoder.features(video)
+        decoder = self.model.decoder
+        x = decoder.conv_in(latents) + latents.repeat_interleave(decoder.copies, dim=1)
+        for s in reversed(range(self.model.config.temporal_stages, len(decoder.stages))):
+            x = decoder.stages[s](x, features[s][:, :, 0], generator)
+
+    def _offset_error(self, found: Tensor, path: Tensor, shape: torch.Size) -> Tensor:
+        """Mean distance of offsets `B t h w 2·heads` to the truth, per axis."""
+        _, _, frames, height, width = shape
+        t, h, w, heads = found.shape[1], found.shape[2], found.shape[3], found.shape[4] // 2
+        share = torch.linspace(0, 1, heads, device=path.device) if heads > 1 else torch.full((1,), 0.5)
+        first = 4 * torch.arange(t, device=path.device)[:, None] - 3
+        at = (first + 3 * share).clamp(min=0)  # (t, heads), in frames; the first latent is frame 0
+        low = at.floor().long().clamp(max=frames - 1)
+        high, part = (low + 1).clamp(max=frames - 1), (at - low)[..., None, None]
+        matrix = torch.lerp(path[:, low], path[:, high], part)[:, :, None, None]  # B t 1 1 heads 2 3
+        y = (torch.arange(h, device=path.device) + 0.5) * (height / h) - height / 2
+        x = (torch.arange(w, device=path.device) + 0.5) * (width / w) - width / 2
+        x, y = x.view(1, 1, 1, w, 1), y.view(1, 1, h, 1, 1)
+        column = matrix[..., 0, 0] * x + matrix[..., 0, 1] * y + matrix[..., 0, 2] - x
+        row = matrix[..., 1, 0] * x + matrix[..., 1, 1] * y + matrix[..., 1, 2] - y
+        truth = torch.stack([row, column], dim=-1) / self.model.config.injection_reach
+        return (found.float().unflatten(-1, (heads, 2)) - truth).abs().mean()
 
 
 def autoencoder_loop(stage: str, minutes: float, steps: int, batch_size: int, rate: float) -> LoopConfig:
@@ -125,16 +212,24 @@ def images(minutes: float, steps: int) -> None:
     result.export("autoencoder").save_pretrained(BUILD / "images" / "autoencoder")  # type: ignore[operator]
 
 
-def videos(minutes: float, steps: int) -> None:
-    """The image autoencoder, inflated, on moving clips."""
+def motion(minutes: float, steps: int) -> None:
+    """The image autoencoder, inflated: encoder and inner decoder learn to pass on what moved where."""
     model = FSAE.from_pretrained(BUILD / "images" / "autoencoder").to(memory_format=torch.channels_last_3d)
     inflate(model)
+    loop = replace(autoencoder_loop("motion", minutes, steps, batch_size=1, rate=3e-4), validate_every=0)
+    trained = train(MotionTask(model, 1.0, reconstruct=False), moving_worlds(10), loop).export("autoencoder")
+    trained.save_pretrained(BUILD / "motion" / "autoencoder")  # type: ignore[operator]
+
+
+def videos(minutes: float, steps: int) -> None:
+    """Moving clips, reconstructed, the offsets still told."""
+    model = FSAE.from_pretrained(BUILD / "motion" / "autoencoder").to(memory_format=torch.channels_last_3d)
     loop = autoencoder_loop("videos", minutes, steps, batch_size=1, rate=2e-4)
-    task = AutoencoderTask(model, validation=validation_clips(17, LOW, 8))
+    task = MotionTask(model, 0.5, validation=validation_clips(17, LOW, 8))
     worlds = moving_worlds(10)
     trained = train(task, worlds, loop).export("autoencoder")
     assert isinstance(trained, FSAE)
-    mean, std = measure_latent_statistics(trained, worlds.worlds[0], batches=200)
+    mean, std = measure_latent_statistics(trained, worlds.worlds[0], batches=150)
     trained.register_to_config(latents_mean=mean, latents_std=std)
     trained.save_pretrained(BUILD / "videos" / "autoencoder")
 
@@ -144,7 +239,7 @@ def decoder(minutes: float, steps: int) -> None:
     model = FSAE.from_pretrained(BUILD / "videos" / "autoencoder").to(memory_format=torch.channels_last_3d)
     model.encoder.requires_grad_(False)
     loop = autoencoder_loop("decoder", minutes, steps, batch_size=1, rate=1.5e-4)
-    task = AutoencoderTask(model, validation=validation_clips(17, LOW, 8))
+    task = MotionTask(model, 0.1, validation=validation_clips(17, LOW, 8))
     trained = train(task, moving_worlds(20), loop).export("autoencoder")
     trained.save_pretrained(BUILD / "decoder" / "autoencoder")  # type: ignore[operator]
 
@@ -316,6 +411,7 @@ def export(minutes: float, steps: int) -> None:
 
 STAGES: dict[str, tuple[Callable[[float, int], None], int]] = {
     "images": (images, 6000),
+    "motion": (motion, 8000),
     "videos": (videos, 8000),
     "decoder": (decoder, 8000),
     "cache": (cache, BASE_CLIPS),

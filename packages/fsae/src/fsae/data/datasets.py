@@ -54,17 +54,13 @@ class VideoFolder(Dataset[Clip]):
         UserError: no such source, no usable entry in it, or a list without a ``path``.
     """
 
-    def __init__(
-        self, source: str | Path, frames: int, size: tuple[int, int], stride: int = 1, seed: int = 0
-    ) -> None:
+    def __init__(self, source: str | Path, frames: int, size: tuple[int, int], stride: int = 1, seed: int = 0) -> None:
         if min(frames, stride, *size) < 1:
             raise UserError(f"frames {frames}, size {size}, stride {stride}: all must be 1 or more")
         self.source = Path(source)
         self.entries = list(_entries(self.source))
         if not self.entries:
-            raise UserError(
-                f"{source} holds no video or image; give a folder of them, or a .jsonl or .csv list"
-            )
+            raise UserError(f"{source} holds no video or image; give a folder of them, or a .jsonl or .csv list")
         self.frames, self.size, self.stride, self.seed = frames, size, stride, seed
         self.settings = {"frames": frames, "size": list(size), "stride": stride, "seed": seed}
         self._lengths: dict[Path, int] = {}
@@ -167,11 +163,7 @@ def _rows(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 try:
                     row = json.loads(line)
                 except ValueError as error:
-                    raise UserError(
-                        f"{source}, line {number} is not JSON ({error}); give one object a line"
-                    ) from error
+                    raise UserError(f"{source}, line {number} is not JSON ({error}); give one object a line") from error
                 if not isinstance(row, dict):
-                    raise UserError(
-                        f'{source}, line {number} is not an object; give {{"path": ..., "caption": ...}}'
-                    )
+                    raise UserError(f'{source}, line {number} is not an object; give {{"path": ..., "caption": ...}}')
                 yield number, row

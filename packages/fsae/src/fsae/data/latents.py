@@ -16,9 +16,7 @@ from fsae.files import atomic_path
 def save_latents(path: str | os.PathLike[str], latents: Tensor, fps: float) -> None:
     """Write normalised latents ``c t h w`` and the frames per second they were made from."""
     with atomic_path(path) as temporary:
-        save_file(
-            {"latents": latents.contiguous()}, temporary, metadata={"format": "pt", "fps": repr(float(fps))}
-        )
+        save_file({"latents": latents.contiguous()}, temporary, metadata={"format": "pt", "fps": repr(float(fps))})
 
 
 def load_latents(path: str | os.PathLike[str]) -> tuple[Tensor, float]:

@@ -1,0 +1,6 @@
+"""Training: one loop for every package (``loop``), its configuration (``config``), and the autoencoder's
+task.
+
+Import the submodules directly. ``fsae.training.config`` needs no torch, so a command line can show its help
+at once.
+"""

@@ -1,0 +1,246 @@
+"""Checkpoints of a run: one folder a step, complete or absent.
+
+    checkpoint-00001000/
+        <module>.safetensors     weights of each trained module
+        ema.safetensors          averaged weights (only with ema_decay above 0)
+        optimizer.safetensors    "<moment>/<module>.<parameter>"
+        random-00000.*           random state of each process: .safetensors and .json
+        state.json               step, data position, settings, loss scaler
+
+A folder is written under a temporary name and renamed once everything is in it; older ones go only after
+that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fsae.checkpoint import load_state, save_state
+from fsae.errors import CheckpointError, UserError
+
+_NAME = re.compile(r"checkpoint-(\d{8,})")
+
+
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lives."""
+    return output_dir / f"checkpoint-{step:08d}"
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints in the order of their steps."""
+    found = [p for p in output_dir.glob("checkpoint-*") if _NAME.fullmatch(p.name) and (p / "state.json").is_file()]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(folder.name.rsplit("-", 1)[1])
+
+
+def temporary_folder(output_dir: Path, step: int) -> Path:
+    """The name a checkpoint is written under; the same in every process."""
+    return output_dir / f".checkpoint-{step:08d}.partial"
+
+
+def remove_partial(output_dir: Path) -> None:
+    """Clear away what a killed run left half-written."""
+    for folder in output_dir.glob(".checkpoint-*.partial"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(temporary: Path, final: Path, keep: int) -> None:
+    """Give a finished checkpoint its name, then drop all but the newest ``keep``."""
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    for old in checkpoints(final.parent)[:-keep]:
+        shutil.rmtree(old)
+
+
+# --- random state
+# ------------------------------------------------------------------------------------------------
+
+
+def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State of Python's, NumPy's and torch's global generators as tensors and JSON values."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    tensors = {
+        "python": torch.tensor(words, dtype=torch.int64),
+        "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    values = {
+        "python": [version, gauss],
+        "numpy": [str(name), int(position), int(has_gauss), float(cached)],
+    }
+    return tensors, values
+
+
+def restore_random_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """The inverse of ``random_state``."""
+    version, gauss = values["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+    name, position, has_gauss, cached = values["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+
+
+def save_random_state(folder: Path, rank: int) -> None:
+    """Write this process's random state."""
+    tensors, values = random_state()
+    save_state(tensors, folder / f"random-{rank:05d}.safetensors")
+    write_json(folder / f"random-{rank:05d}.json", values)
+
+
+def load_random_state(folder: Path, rank: int) -> None:
+    """Set this process's generators to their state at the checkpoint."""
+    values = read_json(folder / f"random-{rank:05d}.json")
+    restore_random_state(load_tensors(folder / f"random-{rank:05d}.safetensors"), values)
+
+
+# --- weights and optimiser
+# ---------------------------------------------------------------------------------------
+
+
+def save_modules(folder: Path, modules: Mapping[str, nn.Module]) -> None:
+    """Write each module's whole state."""
+    for name, module in modules.items():
+        save_state(module, folder / f"{name}.safetensors")
+
+
+def load_modules(folder: Path, modules: Mapping[str, nn.Module]) -> None:
+    """Load each module strictly."""
+    for name, module in modules.items():
+        load_state(module, folder / f"{name}.safetensors")
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+    """The optimiser's state under "<moment>/<parameter>"."""
+    tensors = {}
+    for parameter, name in names.items():
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{moment}/{name}"] = torch.as_tensor(value)
+    return tensors
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[nn.Parameter, str]
+) -> None:
+    """Restore what ``optimizer_tensors`` gave; moments take their parameter's device and memory layout."""
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        moment, name = key.split("/", 1)
+        by_name.setdefault(name, {})[moment] = tensor
+    unknown = sorted(set(by_name) - set(names.values()))
+    if unknown:
+        raise CheckpointError(f"the optimiser's state names {unknown[0]}, which is not trained in this run")
+    optimizer.state.clear()
+    for parameter, name in names.items():
+        if name in by_name:
+            optimizer.state[parameter] = {
+                moment: torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+                if tensor.shape == parameter.shape and moment != "step"
+                else tensor.clone()
+                for moment, tensor in by_name[name].items()
+            }
+
+
+# --- files
+# -------------------------------------------------------------------------------------------------------
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file or say which file is missing or broken."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read ({error}); remove its folder to go on from an older checkpoint")
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON; floats survive exactly."""
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read JSON or say which file is missing or broken."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    return values
+
+
+def check_settings(folder: Path, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse to go on under settings that would give other weights than the interrupted run's.
+
+    Raises:
+        UserError: naming every setting that differs.
+    """
+    old, new = _flat(stored), _flat(json.loads(json.dumps(current)))
+    changed = sorted(k for k in old.keys() | new.keys() if old.get(k, _ABSENT) != new.get(k, _ABSENT))
+    if changed:
+        listed = "; ".join(f"{k} was {old.get(k, _ABSENT)}, is now {new.get(k, _ABSENT)}" for k in changed[:5])
+        more = f" (and {len(changed) - 5} more)" if len(changed) > 5 else ""
+        raise UserError(
+            f"{folder} was made under other settings: {listed}{more}; "
+            "give the old settings back to go on, or choose another output_dir to start anew"
+        )
+
+
+_ABSENT = "absent"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def save_batch(path: Path, batches: list[Any], report: Mapping[str, Any]) -> None:
+    """Keep batches for inspection: tensors in ``path``, all else and ``report`` in a .json beside it."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = dict(report)
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, Tensor):
+            tensors[name] = item
+        elif isinstance(item, Mapping):
+            for key, value in item.items():
+                visit(f"{name}.{key}", value)
+        elif isinstance(item, (list, tuple)) and any(isinstance(v, (Tensor, Mapping)) for v in item):
+            for number, value in enumerate(item):
+                visit(f"{name}.{number}", value)
+        else:
+            values[name] = item
+
+    for micro, batch in enumerate(batches):
+        visit(f"micro{micro}", batch)
+    save_state(tensors, path)
+    path.with_suffix(".json").write_text(json.dumps(values, indent=2, default=repr) + "\n", encoding="utf-8")

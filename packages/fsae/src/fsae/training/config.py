@@ -1,0 +1,206 @@
+"""What a training run is made of, as dataclasses that are at once the YAML file, the flags and their help.
+
+Nothing here imports torch: a command line builds its parser from these classes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from fsae.errors import UserError
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (paper §3.1 trains with betas 0.9 and 0.95).
+
+    Attributes:
+        learning_rate: Peak learning rate, reached after the warm-up.
+        betas: Decay rates of the first and second moment.
+        weight_decay: Decoupled decay of matrices and kernels; vectors (biases, norms) are never decayed.
+        eps: Added to the root of the second moment.
+    """
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a number above 0")
+        _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "a number of at least 0")
+        _require(self.eps > 0, "optimizer.eps", self.eps, "a number above 0")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How the learning rate moves from step to step.
+
+    Attributes:
+        kind: "constant", or "cosine": half a cosine from the peak down to min_ratio at max_steps.
+        warmup_steps: Steps over which the rate rises linearly from 0 to its peak.
+        min_ratio: Where the cosine ends, as a share of the peak.
+    """
+
+    kind: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = 0
+    min_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.kind in ("cosine", "constant"), "schedule.kind", self.kind, '"cosine" or "constant"')
+        _require(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "0 or more")
+        _require(0 <= self.min_ratio <= 1, "schedule.min_ratio", self.min_ratio, "a number in [0, 1]")
+
+    def factor(self, step: int, max_steps: int) -> float:
+        """Share of the peak learning rate for the update that follows ``step`` finished ones.
+
+        A pure function of the step, so a resumed run has no schedule state to restore.
+        """
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.kind == "constant":
+            return 1.0
+        progress = min(1.0, (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps))
+        return self.min_ratio + (1 - self.min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """One run of the training loop. A step is one optimiser update.
+
+    Attributes:
+        output_dir: Folder for checkpoints, TensorBoard events and validation images; made if missing.
+        max_steps: Updates in the whole run.
+        batch_size: Samples in one forward pass of one process.
+        gradient_accumulation_steps: Forward passes in one update. An update sees batch_size times this
+            times the number of processes samples.
+        optimizer: AdamW's settings.
+        schedule: The learning rate's course.
+        max_grad_norm: Gradients are scaled down to this global L2 norm; 0 leaves them alone.
+        ema_decay: Decay of the exponential moving average of the weights (it ramps up from 0.1 over the first
+            updates); the average is what is validated and exported. 0 keeps none.
+        seed: Decides data order, noise and every other draw of the run.
+        mixed_precision: "no" (fp32), or autocast to "bf16" or "fp16". Weights and averages stay fp32.
+        max_minutes: Save and stop after this much wall-clock time; 0 sets no limit.
+        log_every: Steps between scalars.
+        validate_every: Steps between validations; 0 for none.
+        save_every: Steps between checkpoints; one is always written at the end. 0 for the end only.
+        keep_checkpoints: How many of the newest checkpoints stay on disk.
+        num_workers: Processes that load data. The result does not depend on it.
+        resume: Go on from the newest complete checkpoint in output_dir, if there is one.
+        tensorboard: Write TensorBoard events (needs the extra fsae[train]).
+    """
+
+    output_dir: str
+    max_steps: int = 100_000
+    batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    seed: int = 0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    max_minutes: float = 0.0
+    log_every: int = 10
+    validate_every: int = 0
+    save_every: int = 1000
+    keep_checkpoints: int = 2
+    num_workers: int = 0
+    resume: bool = True
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        _require(bool(self.output_dir), "output_dir", self.output_dir, "a folder's path")
+        for name in (
+            "max_steps",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "log_every",
+            "keep_checkpoints",
+        ):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("max_grad_norm", "seed", "max_minutes", "validate_every", "save_every", "num_workers"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "a number in [0, 1)")
+        precisions = ("no", "bf16", "fp16")
+        _require(self.mixed_precision in precisions, "mixed_precision", self.mixed_precision, "no, bf16 or fp16")
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that decide the weights: a checkpoint made under others cannot be continued.
+
+        How often a run logs, validates or saves, where it does so, how many workers feed it and when it is
+        stopped leave the weights alone. With a constant schedule so does ``max_steps``: such a run may be
+        made longer.
+        """
+        settings = asdict(self)
+        for name in _HARMLESS:
+            del settings[name]
+        settings["optimizer"]["betas"] = list(self.optimizer.betas)
+        if self.schedule.kind == "constant":
+            del settings["max_steps"]
+        return settings
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Training of FSAE on one's own videos or images (paper §2.2.2, the losses of stage 1).
+
+    Attributes:
+        data: Folder of videos and images, or a .jsonl or .csv list with the column path.
+        loop: The run.
+        model: A preset's name, or the folder of a saved FSAE to go on from.
+        frames: Frames of a clip, 1 + 4k; 1 trains on images.
+        height: Clips are resized and cropped to this height, a multiple of 64.
+        width: Likewise.
+        stride: Take every stride-th frame of a file.
+        perceptual_weights: Files (.safetensors or .pth) that together hold the trunk (AlexNet or VGG16) and
+            the linear heads of LPIPS; without them the loss is L1 alone.
+        perceptual_weight: Weight of LPIPS beside L1.
+        validation_data: Folder or list of held-out clips to validate on; without it, the first training
+            clips.
+        validation_samples: Clips to validate on.
+        statistics_batches: Batches of training clips from which the latents' mean and deviation are measured
+            in the end.
+        channels_last: Keep convolutions in channels-last layout, about twice as fast.
+    """
+
+    data: str
+    loop: LoopConfig
+    model: str = "nano"
+    frames: int = 17
+    height: int = 256
+    width: int = 256
+    stride: int = 1
+    perceptual_weights: list[str] = field(default_factory=list)
+    perceptual_weight: float = 0.1
+    validation_data: str | None = None
+    validation_samples: int = 4
+    statistics_batches: int = 32
+    channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.perceptual_weight >= 0, "perceptual_weight", self.perceptual_weight, "0 or more")
+        for name in ("validation_samples", "statistics_batches"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+
+
+_HARMLESS = (
+    "output_dir",
+    "max_minutes",
+    "log_every",
+    "validate_every",
+    "save_every",
+    "keep_checkpoints",
+    "num_workers",
+    "resume",
+    "tensorboard",
+)
+
+
+def _require(condition: bool, name: str, value: object, accepted: str) -> None:
+    if not condition:
+        raise UserError(f"{name} is {value!r}; it must be {accepted}")

@@ -1,0 +1,108 @@
+"""Which sample comes when: a stateless order of the data, so that a run can go on from any step.
+
+The run sees one endless stream of samples. Sample number g belongs to epoch g // n and is entry g % n of that
+epoch's permutation, which follows from (seed, epoch) alone. Step s takes the next accumulation x processes x
+batch samples; the data position of a run is therefore its step, and two ways to cut the same number of
+samples into micro-batches see the same samples in the same update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+
+def derived_seed(*parts: int) -> int:
+    """A 63-bit seed that depends on every part and on their order, the same on every machine."""
+    state = np.random.SeedSequence(list(parts)).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
+
+
+def derived_generator(*parts: int) -> torch.Generator:
+    """A CPU generator seeded by ``derived_seed``."""
+    return torch.Generator().manual_seed(derived_seed(*parts))
+
+
+@dataclass
+class DataOrder:
+    """The samples of every micro-batch of one process.
+
+    Attributes:
+        length: Samples in the dataset, n.
+        seed: Decides every epoch's permutation.
+        batch_size: Samples in a micro-batch.
+        accumulation: Micro-batches of one process in a step.
+        processes: Number of processes.
+        rank: This process.
+    """
+
+    length: int
+    seed: int
+    batch_size: int
+    accumulation: int = 1
+    processes: int = 1
+    rank: int = 0
+    _epoch: int = field(default=-1, init=False, repr=False)
+    _permutation: list[int] = field(default_factory=list, init=False, repr=False)
+
+    def position(self, step: int) -> tuple[int, int]:
+        """(epoch, offset) of the first sample of a step."""
+        first = step * self.accumulation * self.processes * self.batch_size
+        return first // self.length, first % self.length
+
+    def entry(self, number: int) -> tuple[int, int]:
+        """(index, epoch) of the stream's sample ``number``."""
+        epoch, offset = divmod(number, self.length)
+        if epoch != self._epoch:
+            generator = derived_generator(self.seed, epoch)
+            self._permutation = torch.randperm(self.length, generator=generator).tolist()
+            self._epoch = epoch
+        return self._permutation[offset], epoch
+
+    def micro_batch(self, step: int, micro: int) -> list[tuple[int, int]]:
+        """The (index, epoch) pairs of this process's micro-batch ``micro`` of ``step``."""
+        first = ((step * self.accumulation + micro) * self.processes + self.rank) * self.batch_size
+        return [self.entry(number) for number in range(first, first + self.batch_size)]
+
+
+class MicroBatches(Sampler[list[tuple[int, int]]]):
+    """Batch sampler: this process's micro-batches from ``start`` up to ``stop`` steps."""
+
+    def __init__(self, order: DataOrder, start: int, stop: int) -> None:
+        self.order = order
+        self.start = start
+        self.stop = stop
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.start, self.stop):
+            for micro in range(self.order.accumulation):
+                yield self.order.micro_batch(step, micro)
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.order.accumulation
+
+
+class EpochItems(Dataset[Any]):
+    """A dataset addressed by (index, epoch).
+
+    An item must be a pure function of these two numbers, or a resumed run is not the run that was
+    interrupted. A dataset that draws anew in each epoch (crops, frame positions) offers ``sample(index,
+    epoch)``; any other is asked by ``dataset[index]``.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        index, epoch = key
+        if hasattr(self.dataset, "sample"):
+            return self.dataset.sample(index, epoch)
+        return self.dataset[index]

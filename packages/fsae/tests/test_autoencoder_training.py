@@ -1,0 +1,230 @@
+"""Training the autoencoder: its loss, its statistics, and that it learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fsae.data.video import write_video
+from fsae.errors import UserError
+from fsae.losses.perceptual import PerceptualLoss
+from fsae.metrics import psnr
+from fsae.model import FSAE
+from fsae.training import autoencoder
+from fsae.training.autoencoder import (
+    AutoencoderTask,
+    frame_grid,
+    measure_latent_statistics,
+    train_autoencoder,
+)
+from fsae.training.config import AutoencoderConfig, LoopConfig, OptimizerConfig
+
+SIZES: dict[str, Any] = {
+    "widths": (8,) * 7,
+    "latent_channels": 8,
+    "attention_head_dim": 8,
+    "injection_head_dim": 8,
+}
+
+
+def tiny() -> FSAE:
+    torch.manual_seed(0)
+    return FSAE.from_preset("nano", **SIZES)
+
+
+class Colours(torch.utils.data.Dataset[dict[str, Any]]):
+    """Four flat pictures: what a tiny network can learn to tell apart in some seconds."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        colour = torch.tensor([[0.8, -0.8, -0.8], [-0.8, 0.8, -0.8], [-0.8, -0.8, 0.8], [0.8, 0.8, 0.8]])[index]
+        return {"video": colour.view(3, 1, 1, 1).repeat(1, 1, 64, 64), "caption": ""}
+
+
+def lpips_state() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+    state = {}
+    for index, (out, into, k) in shapes.items():
+        state[f"features.{index}.weight"] = torch.randn(out, into, k, k, generator=generator) / (into * k * k) ** 0.5
+        state[f"features.{index}.bias"] = torch.zeros(out)
+    for number, (out, _, _) in enumerate(shapes.values()):
+        state[f"lin{number}.model.1.weight"] = torch.rand(1, out, 1, 1, generator=generator)
+    return state
+
+
+def configuration(folder: Path, data: Path, **changes: Any) -> AutoencoderConfig:
+    loop = LoopConfig(
+        str(folder),
+        max_steps=2,
+        batch_size=2,
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        tensorboard=False,
+    )
+    loop_fields = {k: changes.pop(k) for k in list(changes) if k in vars(loop)}
+    loop = LoopConfig(**{**vars(loop), **loop_fields})
+    return AutoencoderConfig(str(data), loop, **{"frames": 1, "height": 64, "width": 64, **changes})
+
+
+@pytest.fixture
+def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FSAE.presets, "tiny", FSAE.presets["nano"] | SIZES)
+
+
+def test_the_loss_is_l1_plus_weighted_lpips(tmp_path: Path) -> None:
+    model, perceptual = tiny(), PerceptualLoss(lpips_state())
+    video = torch.stack([Colours()[i]["video"] for i in range(2)])
+
+    def loss(*arguments: Any) -> dict[str, Tensor]:
+        return AutoencoderTask(model, *arguments).loss({"video": video}, torch.Generator().manual_seed(1))
+
+    result = model(video, torch.Generator().manual_seed(1))
+    l1 = (result - video).abs().mean()
+    plain, weighted = loss(), loss(perceptual, 0.3)
+    torch.testing.assert_close(plain["loss"], l1)
+    torch.testing.assert_close(weighted["loss"], l1 + 0.3 * perceptual(result, video))
+    torch.testing.assert_close(weighted["perceptual"], perceptual(result, video))
+    torch.testing.assert_close(plain["psnr"], psnr(result.detach().clamp(-1, 1), video).mean())
+    assert "perceptual" not in plain
+
+
+def test_it_learns(tmp_path: Path, tiny_preset: None) -> None:
+    """L1 of the saved model; the best answer without a look at the picture has 0.8. The control hardly moves."""
+    video = torch.stack([Colours()[i]["video"] for i in range(4)])
+
+    def error(name: str, rate: float, steps: int) -> float:
+        optimizer = OptimizerConfig(learning_rate=rate)
+        settings = configuration(
+            tmp_path / name, tmp_path, model="tiny", max_steps=steps, optimizer=optimizer, batch_size=4
+        )
+        folder = train_autoencoder(settings, Colours())
+        assert folder == tmp_path / name / "autoencoder"
+        with torch.no_grad():
+            return (FSAE.from_pretrained(folder)(video) - video).abs().mean().item()
+
+    assert error("trained", 3e-3, 40) < 0.65
+    assert error("control", 1e-9, 5) > 0.79
+
+
+@pytest.mark.parametrize("batches", [1, 2, 9])
+def test_latent_statistics(batches: int) -> None:
+    model = tiny()
+    model.register_to_config(latents_mean=[0.5] * 8, latents_std=[3.0] * 8)  # those of before must not count
+    mean, std = measure_latent_statistics(model, Colours(), batches, batch_size=2)
+    chosen = [0, 3] if batches == 1 else range(4)
+    with torch.no_grad():
+        latents = torch.cat([model.encoder(Colours()[i]["video"][None]) for i in chosen]).double().numpy()
+    np.testing.assert_allclose(mean, latents.mean((0, 2, 3, 4)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(std, latents.std((0, 2, 3, 4)), rtol=1e-3, atol=1e-5)
+
+
+def test_what_is_saved_encodes_to_normalised_latents(tmp_path: Path, tiny_preset: None) -> None:
+    folder = train_autoencoder(configuration(tmp_path, tmp_path, model="tiny"), Colours())
+    assert folder is not None
+    model = FSAE.from_pretrained(folder)
+    with torch.no_grad():
+        latents = torch.cat([model.encode(Colours()[i]["video"][None]) for i in range(4)])
+    flat = latents.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(flat.mean(1), torch.zeros(8), rtol=0, atol=1e-3)
+    torch.testing.assert_close(flat.std(1, correction=0), torch.ones(8), rtol=1e-2, atol=0)
+
+
+def test_options_reach_their_consumers(tmp_path: Path, tiny_preset: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("data", "held_out"):
+        (tmp_path / name).mkdir()
+        write_video(tmp_path / name / "clip.mp4", np.zeros((12, 80, 64, 3), np.uint8), 8)
+    save_file(lpips_state(), tmp_path / "lpips.safetensors")
+    settings = configuration(
+        tmp_path / "run",
+        tmp_path / "data",
+        model="tiny",
+        frames=5,
+        height=64,
+        width=128,
+        stride=2,
+        perceptual_weights=[str(tmp_path / "lpips.safetensors")],
+        perceptual_weight=0.7,
+        validation_data=str(tmp_path / "held_out"),
+        validation_samples=3,
+        validate_every=1,
+        seed=5,
+    )
+    seen: list[Any] = []
+
+    def stop_here(*arguments: Any) -> None:
+        seen.extend(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(autoencoder, "train", stop_here)
+    with pytest.raises(KeyboardInterrupt):
+        train_autoencoder(settings)
+    task, clips, loop = seen
+    assert loop is settings.loop
+    assert clips.settings == {"frames": 5, "size": [64, 128], "stride": 2, "seed": 5}
+    assert clips.source == tmp_path / "data"
+    assert task.perceptual_weight == 0.7 and task.perceptual is not None
+    assert task.validation.shape == (1, 3, 5, 64, 128)  # three are wanted, there is one
+    kernels = [p for p in task.model.parameters() if p.ndim == 5 and min(p.shape[:2]) > 1 and p.shape[-1] > 1]
+    assert all(p.is_contiguous(memory_format=torch.channels_last_3d) for p in kernels)
+
+
+def test_validation_and_statistics_options(tmp_path: Path, tiny_preset: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    measure = autoencoder.measure_latent_statistics
+    monkeypatch.setattr(
+        autoencoder, "measure_latent_statistics", lambda *given: asked.extend(given[2:]) or measure(*given)
+    )
+    options = {"validate_every": 2, "validation_samples": 3, "statistics_batches": 1, "channels_last": False}
+    train_autoencoder(configuration(tmp_path, tmp_path, model="tiny", **options), Colours())
+    assert asked == [1, 2]
+    picture = Image.open(tmp_path / "validation" / "00000002-reconstruction.png")
+    assert picture.size == (64 * 3, 64 * 2)
+
+
+def test_a_saved_model_is_trained_further(tmp_path: Path, tiny_preset: None) -> None:
+    folder = train_autoencoder(configuration(tmp_path / "a", tmp_path, model="tiny"), Colours())
+    start = FSAE.from_pretrained(folder).state_dict()
+    tiny_steps = {"optimizer": OptimizerConfig(learning_rate=1e-9), "channels_last": False}
+    again = train_autoencoder(configuration(tmp_path / "b", tmp_path, model=str(folder), **tiny_steps), Colours())
+    state = FSAE.from_pretrained(again).state_dict()
+    assert all(torch.allclose(state[name], tensor, atol=1e-6) for name, tensor in start.items())
+    assert not torch.allclose(next(iter(tiny().state_dict().values())), next(iter(state.values())), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model": "nanno"}, "neither a preset"),
+        ({"frames": 18}, "18 frames cannot be encoded"),
+        ({"height": 100}, "64x100 pixels cannot be encoded"),
+        ({"perceptual_weights": ["none.pth"]}, "none.pth does not exist"),
+    ],
+)
+def test_wrong_settings_are_refused(tmp_path: Path, tiny_preset: None, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        train_autoencoder(configuration(tmp_path / "run", tmp_path, **{"model": "tiny", **changes}), Colours())
+    assert not (tmp_path / "run").exists()
+
+
+def test_frame_grid_shows_first_middle_and_last_frames() -> None:
+    clips = torch.arange(5.0).view(1, 1, 5, 1, 1).expand(2, 3, 5, 4, 6) / 2 - 1
+    grid = frame_grid([clips, -clips])
+    assert grid.shape == (3, 8, 36)
+    assert grid[0, 0, ::6].tolist() == [0, 0.5, 1, 0, 0.5, 1] and grid[0, 4, ::6].tolist() == [
+        1,
+        0.5,
+        0,
+        1,
+        0.5,
+        0,
+    ]
+    assert frame_grid([clips[:, :, :1]]).shape == (3, 4, 12)

@@ -1,0 +1,214 @@
+"""The command line: options, their sources and their errors, and a file through encode and decode."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from fsae.cli import main
+from fsae.data.datasets import cover
+from fsae.data.image import load_image
+from fsae.data.latents import load_latents, save_latents
+from fsae.data.video import read_video, to_video_tensor, write_video
+from fsae.errors import UserError
+from fsae.model import FSAE
+from fsae.training import autoencoder
+from fsae.training.config import AutoencoderConfig
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"widths": (8,) * 7, "latent_channels": 8, "attention_head_dim": 8}
+    FSAE.from_preset("nano", **sizes, injection_head_dim=8).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["encode", "--help"], ["decode", "--help"]])
+def test_help_needs_no_torch(arguments: list[str]) -> None:
+    code = f"import sys; from fsae.cli import main; sys.exit(main({arguments}) or 'torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    expected = {
+        "train": "--loop.ema_decay",
+        "encode": "--model",
+        "decode": "--first-frame",
+        "--help": "encode",
+    }
+    assert expected[arguments[0]] in shown.stdout
+
+
+def test_training_options_come_from_yaml_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[AutoencoderConfig] = []
+    monkeypatch.setattr(autoencoder, "train_autoencoder", lambda config: given.append(config))
+    file = {
+        "data": "clips",
+        "frames": 9,
+        "loop": {"output_dir": "run", "max_steps": 7, "optimizer": {"eps": 1e-5}},
+    }
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(file))
+    flags = ["--frames", "5", "--loop.optimizer.betas", "[0.8, 0.99]", "--loop.schedule.kind", "constant"]
+    assert main(["train", "--config", str(tmp_path / "train.yaml"), *flags]) == 0
+    config = given[0]
+    assert (config.data, config.frames, config.loop.max_steps) == ("clips", 5, 7)
+    assert (config.loop.optimizer.eps, config.loop.optimizer.betas) == (1e-5, (0.8, 0.99))
+    assert config.loop.schedule.kind == "constant" and config.loop.batch_size == 1
+
+
+def test_print_config_can_be_read_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [
+        "--data",
+        "clips",
+        "--loop.output_dir",
+        "run",
+        "--loop.seed",
+        "3",
+        "--perceptual_weights",
+        '["a.pth"]',
+    ]
+    assert main(["train", *flags, "--print_config"]) == 0
+    (tmp_path / "train.yaml").write_text(capsys.readouterr().out)
+    given: list[AutoencoderConfig] = []
+    monkeypatch.setattr(autoencoder, "train_autoencoder", lambda config: given.append(config))
+    assert main(["train", "--config", str(tmp_path / "train.yaml")]) == 0
+    assert main(["train", *flags]) == 0
+    assert given[0] == given[1] and given[0].loop.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "required"),
+        (["--data", "none", "--loop.output_dir", "run"], "neither a folder nor"),
+        (["--data", "x", "--loop.output_dir", "run", "--loop.batch_size", "0"], "batch_size is 0"),
+        (["--data", "x", "--loop.output_dir", "run", "--loop.schedule.kind", "step"], "step"),
+        (["--data", "x", "--loop.output_dir", "run", "--frames", "many"], "many"),
+        (["--data", "x", "--loop.output_dir", "run", "--fames", "5"], "fames"),
+    ],
+    ids=str,
+)
+def test_bad_training_options(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *flags]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_video_through_encode_and_decode(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    write_video(tmp_path / "in.mp4", rng.integers(0, 255, (7, 70, 70, 3), np.uint8), 12)
+    Image.fromarray(rng.integers(0, 255, (70, 70, 3), np.uint8)).save(tmp_path / "first.png")
+    latents_path, out = str(tmp_path / "z.safetensors"), str(tmp_path / "out.mp4")
+    assert main(["encode", str(tmp_path / "in.mp4"), "-o", latents_path, "--model", str(model)]) == 0
+    assert latents_path in capsys.readouterr().out
+
+    fsae = FSAE.from_pretrained(model).eval()
+    frames, _ = read_video(tmp_path / "in.mp4", frames=5, size=(64, 64))
+    latents, fps = load_latents(latents_path)
+    with torch.no_grad():
+        expected = fsae.encode(to_video_tensor(frames)[None])[0]
+    assert fps == 12 and latents.shape == (8, 2, 1, 1)
+    torch.testing.assert_close(latents, expected)
+
+    first = ["--first-frame", str(tmp_path / "first.png")]
+    assert main(["decode", latents_path, "-o", out, "--model", str(model), "--device", "cpu", *first]) == 0
+    assert "5 frame(s)" in capsys.readouterr().out
+    decoded, rate = read_video(out)
+    assert decoded.shape == (5, 64, 64, 3) and rate == 12
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".mp4", ".mp4", ".png", ".safetensors"]
+
+
+def test_an_image_through_encode_and_decode(tmp_path: Path, model: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 90, 3), np.uint8)).save(tmp_path / "in.png")
+    latents_path, out, injected = (str(tmp_path / n) for n in ("z.safetensors", "out.png", "injected.png"))
+    assert main(["encode", str(tmp_path / "in.png"), "-o", latents_path, "--model", str(model)]) == 0
+    options = [latents_path, "--model", str(model)]
+    assert main(["decode", *options, "-o", out]) == 0
+    assert main(["decode", *options, "-o", injected, "--first-frame", str(tmp_path / "in.png")]) == 0
+    image = torch.from_numpy(cover(load_image(tmp_path / "in.png"), (64, 64)))
+    fsae = FSAE.from_pretrained(model).eval()
+    with torch.no_grad():
+        expected = fsae.decode(fsae.encode(to_video_tensor(image[None])[None]))[0, :, 0]
+    pixels = ((expected.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).numpy()
+    np.testing.assert_allclose(np.asarray(Image.open(out), dtype=float), pixels, atol=1)
+    assert load_image(injected).shape == (64, 64, 3)
+
+
+def test_bad_input_ends_in_a_sentence_and_leaves_nothing(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "small.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
+    (tmp_path / "text.mp4").write_text("no video")
+    save_latents(tmp_path / "clip.safetensors", torch.zeros(8, 2, 1, 1), 8)
+    save_latents(tmp_path / "wide.safetensors", torch.zeros(9, 1, 1, 1), 8)
+    save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
+    before = sorted(tmp_path.iterdir())
+    good = ["--model", str(model)]
+    out = ["-o", str(tmp_path / "out.safetensors")]
+    png, mp4 = ["-o", str(tmp_path / "out.png")], ["-o", str(tmp_path / "out.mp4")]
+    cases = [
+        (["encode", "none.mp4", *out, *good], "there is no video file none.mp4"),
+        (["encode", "small.png", *out, *good], "at least 64x64 are needed"),
+        (["encode", "text.mp4", *out, *good], "cannot be decoded"),
+        (["encode", "image.png", "-o", "out.txt", *good], "ends in .safetensors"),
+        (["encode", "image.png", "-o", "none/out.safetensors", *good], "there is no folder"),
+        (["encode", "image.png", *out, "--model", "none"], "there is no model folder none"),
+        (["encode", "image.png", *out, *good, "--device", "abacus"], "abacus cannot be used"),
+        (["decode", "none.safetensors", *mp4, *good], "there is no file none.safetensors"),
+        (["decode", "other.safetensors", *mp4, *good], "holds no latents"),
+        (["decode", "wide.safetensors", *mp4, *good], "have 9 channels, the model 8"),
+        (["decode", "clip.safetensors", *png, *good], "several frames"),
+        (["decode", "clip.safetensors", "-o", "out.txt", *good], "ends in"),
+        (
+            ["decode", "clip.safetensors", *mp4, *good, "--first-frame", "none.png"],
+            "there is no image file none.png",
+        ),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        for arguments, sentence in cases:
+            assert main(arguments) == 2, arguments
+            printed = capsys.readouterr()
+            assert sentence in printed.err and "Traceback" not in printed.err, (arguments, printed.err)
+    assert sorted(tmp_path.iterdir()) == before
+    with pytest.raises(UserError, match="c t h w is wanted"):
+        save_latents(tmp_path / "flat.safetensors", torch.zeros(8), 8)
+        load_latents(tmp_path / "flat.safetensors")
+
+
+def test_train_then_encode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"widths": (8,) * 7, "latent_channels": 8, "attention_head_dim": 8, "injection_head_dim": 8}
+    monkeypatch.setitem(FSAE.presets, "tiny", FSAE.presets["nano"] | sizes)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 90, 3), np.uint8)).save(tmp_path / "in.png")
+    size = ["--frames", "1", "--height", "64", "--width", "64"]
+    loop = [
+        "--loop.output_dir",
+        str(tmp_path / "run"),
+        "--loop.max_steps",
+        "1",
+        "--loop.tensorboard",
+        "false",
+    ]
+    assert main(["train", "--data", str(tmp_path), "--model", "tiny", *size, *loop]) == 0
+    saved = ["--model", str(tmp_path / "run" / "autoencoder")]
+    assert main(["encode", str(tmp_path / "in.png"), "-o", str(tmp_path / "z.safetensors"), *saved]) == 0
+    assert load_latents(tmp_path / "z.safetensors")[0].shape == (8, 1, 1, 1)

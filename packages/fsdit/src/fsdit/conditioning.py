@@ -1,0 +1,257 @@
+"""What steers the transformer: prompt, image and known latents (paper §2.3.1; Wan2.1's encoders).
+
+Shapes: text embeddings ``B L text_dim`` (L = text_len), image embeddings ``B M image_dim`` (M patches and the class
+token), images ``B 3 H W`` in [-1, 1], latents ``B C t h w``, masks ``B mask_channels t h w``.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fsae.errors import CheckpointError, UserError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What cross-attention sees: text ``B L D``, image ``B M D'`` and, for guidance, the negative text ``B L D``."""
+
+    text: Tensor
+    image: Tensor | None = None
+    negative: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Known latents ``B C t h w``, zero where nothing is known, and the trust in them, ``B mask_channels t h w``."""
+
+    latents: Tensor
+    mask: Tensor
+
+
+def first_frame_condition(first_latent: Tensor, t: int, mask_channels: int = 4) -> Condition:
+    """The image-to-video condition: the first latent is known, the others are zero and masked out.
+
+    Args:
+        first_latent: ``B C 1 h w``.
+        t: latent frames of the clip.
+        mask_channels: all carry the same value; four, as in Wan2.1, one for each video frame of a latent.
+    """
+    batch, _, frames, h, w = first_latent.shape
+    if frames != 1 or t < 1:
+        raise ValueError(f"expected one first latent and t >= 1, got {frames} latents and t = {t}")
+    latents = F.pad(first_latent, (0, 0, 0, 0, 0, t - 1))
+    mask = first_latent.new_zeros(batch, mask_channels, t, h, w)
+    mask[:, :, 0] = 1
+    return Condition(latents, mask)
+
+
+def model_input(noisy: Tensor, condition: Condition) -> Tensor:
+    """noise ‖ mask ‖ condition on the channel axis: ``B (C + mask_channels + C) t h w``."""
+    mask, known = condition.mask.to(noisy), condition.latents.to(noisy)
+    return torch.cat((noisy, mask, known), dim=1)
+
+
+def clean_prompt(prompt: str) -> str:
+    """Wan2.1's cleaning: repair broken Unicode, unescape HTML twice, collapse white space."""
+    import ftfy
+
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """Embeddings ``B text_len text_dim``; per prompt, the tokens that were used and those that did not fit."""
+
+    embeddings: Tensor
+    tokens: tuple[int, ...]
+    dropped: tuple[int, ...]
+
+
+class TextEncoder(nn.Module):
+    """Prompts to text embeddings by a transformers encoder (UMT5).
+
+    Args:
+        model: called with ``input_ids`` and ``attention_mask``; its ``last_hidden_state`` is used.
+        tokenizer: a transformers tokenizer whose sequences end with ``eos_token_id``.
+        text_len: rows to return. Shorter prompts are continued with zeros *behind* the encoder; of longer ones the
+            first ``text_len - 1`` tokens and the end token are kept, and the rest is counted in ``dropped``.
+    """
+
+    model: Any
+
+    def __init__(self, model: nn.Module, tokenizer: Any, text_len: int) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.text_len = text_len
+
+    def tokenize(self, prompt: str) -> tuple[list[int], int]:
+        """At most text_len token ids of the cleaned prompt, and how many more there would have been."""
+        ids = self.tokenizer(clean_prompt(prompt), verbose=False)["input_ids"]
+        dropped = max(0, len(ids) - self.text_len)
+        return ([*ids[: self.text_len - 1], ids[-1]], dropped) if dropped else (ids, 0)
+
+    def forward(self, prompts: Sequence[str]) -> TextEncoding:
+        """Encode ``B`` prompts; differentiable with respect to the model's weights."""
+        ids, dropped = zip(*(self.tokenize(prompt) for prompt in prompts), strict=True)
+        lengths = tuple(len(sequence) for sequence in ids)
+        device = next(self.model.parameters()).device
+        input_ids = torch.zeros(len(ids), max(lengths), dtype=torch.long)
+        mask = torch.zeros_like(input_ids)
+        for row, sequence in enumerate(ids):
+            input_ids[row, : len(sequence)] = torch.tensor(sequence)
+            mask[row, : len(sequence)] = 1
+        input_ids, mask = input_ids.to(device), mask.to(device)
+        hidden = self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        hidden = torch.where(mask.bool().unsqueeze(-1), hidden, 0)
+        return TextEncoding(F.pad(hidden, (0, 0, 0, self.text_len - max(lengths))), lengths, dropped)
+
+
+def resize_for_clip(images: Tensor, size: int) -> Tensor:
+    """``B 3 H W`` -> ``B 3 size size`` straight, without a crop: bicubic, no antialiasing (Wan2.1); float32.
+
+    Images that have this size already are returned as they are, so that resizing early, for a cache, changes nothing.
+    """
+    if images.shape[-2:] == (size, size):
+        return images.float()
+    return F.interpolate(images.float(), size=(size, size), mode="bicubic", align_corners=False)
+
+
+class ImageEncoder(nn.Module):
+    """Images to CLIP patch features: the state before the last block, with class token, without the final norm.
+
+    Frames of any size are taken to the tower's square by `resize_for_clip`.
+
+    Args:
+        model: a transformers ``CLIPVisionModel``.
+    """
+
+    model: Any
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def pixel_values(self, images: Tensor) -> Tensor:
+        """``B 3 H W`` in [-1, 1] -> ``B 3 image_size image_size``, normalised for CLIP; float32."""
+        resized = resize_for_clip(images, self.model.config.image_size)
+        mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (CLIP_MEAN, CLIP_STD))
+        return (resized * 0.5 + 0.5 - mean) / std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``B 3 H W`` in [-1, 1] -> ``B M image_dim``; differentiable."""
+        pixels = self.pixel_values(images).to(next(self.model.parameters()).dtype)
+        return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """Weights behind the state that is read: no gradient ever reaches them."""
+        tower = getattr(self.model, "vision_model", self.model)
+        return [*tower.encoder.layers[-1].parameters(), *tower.post_layernorm.parameters()]
+
+
+def nano_tokenizer() -> Any:
+    """ByT5's tokenizer: one token a byte, no vocabulary file."""
+    from transformers import ByT5Tokenizer
+
+    return ByT5Tokenizer()
+
+
+def nano_text_encoder() -> Any:
+    """A UMT5 encoder of 0.4 M parameters over bytes, randomly initialised; width 128, trained with the transformer."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(nano_tokenizer()),
+            d_model=128,
+            d_kv=32,
+            num_heads=4,
+            num_layers=2,
+            d_ff=256,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+        )
+    )
+
+
+def nano_image_encoder() -> Any:
+    """A CLIP vision tower of 0.7 M parameters, randomly initialised: 64x64 pixels to 17 tokens of width 128."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    return CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=64,
+            patch_size=16,
+        )
+    )
+
+
+def load_encoders(source: str | Path, text_len: int) -> tuple[TextEncoder, ImageEncoder]:
+    """The text and image encoder.
+
+    Args:
+        source: "nano" for new nano encoders, or a folder with text_encoder, tokenizer and image_encoder in it.
+        text_len: rows of the text embeddings, the transformer's ``config.text_len``.
+
+    Raises:
+        UserError: there is no such folder.
+        CheckpointError: a part of it is missing, broken, or does not fit its class.
+    """
+    if str(source) == "nano":
+        return TextEncoder(nano_text_encoder(), nano_tokenizer(), text_len), ImageEncoder(nano_image_encoder())
+    if not Path(source).is_dir():
+        raise UserError(f'encoders {str(source)!r} is neither "nano" nor a folder; give one of them')
+    from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
+
+    text = load_encoder(UMT5EncoderModel, Path(source, "text_encoder"))
+    image = load_encoder(CLIPVisionModel, Path(source, "image_encoder"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(Path(source, "tokenizer"), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}/tokenizer cannot be read ({_first_line(error)}); copy it again") from error
+    return TextEncoder(text, tokenizer, text_len), ImageEncoder(image)
+
+
+def load_encoder(cls: Any, folder: Path, **options: Any) -> Any:
+    """A transformers model from a folder, strictly: safetensors only, and every key must fit.
+
+    Args:
+        cls: a transformers model class.
+        folder: where ``save_pretrained`` put it.
+        options: for ``from_pretrained``, such as ``dtype``.
+
+    Raises:
+        CheckpointError: the folder is missing, broken, or does not fit the class.
+    """
+    try:
+        model, info = cls.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be read as a {cls.__name__} ({_first_line(error)})") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            first = min(map(str, info[kind]))
+            raise CheckpointError(f"{folder} does not fit {cls.__name__}: {kind.replace('_', ' ')}, first {first}")
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,38 @@
+"""Adaptive layer norm: a LayerNorm whose shift and scale come from the time embedding (architecture of Wan2.1).
+
+    Mod(x) = LN(x) * (1 + scale) + shift
+
+Shapes: x ``B N D``; shift, scale and gate ``B 1 D``. Statistics, modulation and gated sums run in at least float32
+and come back in the dtype of ``x``: a bfloat16 model so keeps its residual stream, and with it the layer memory, small.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in float32, or untouched where it is already wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Mod(x) for x ``B N D`` with shift and scale ``B 1 D``."""
+    wide = at_least_float32(x)
+    return (F.layer_norm(wide, x.shape[-1:], eps=eps) * (1 + scale) + shift).type_as(x)
+
+
+def add_gated(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * branch, summed in at least float32 and returned in the dtype of ``x``."""
+    return (at_least_float32(x) + at_least_float32(branch) * gate).type_as(x)
+
+
+class WideLayerNorm(nn.LayerNorm):
+    """An affine LayerNorm over the last axis that computes in at least float32 whatever its input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_float32(x)
+        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
+        return F.layer_norm(wide, self.normalized_shape, weight, bias, self.eps).type_as(x)

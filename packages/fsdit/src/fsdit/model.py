@@ -1,0 +1,240 @@
+"""FSDiT: Wan2.1-I2V's diffusion transformer over 64x compressed latents, with Layer Memory (paper §2.3.1).
+
+Shapes: latents ``B C t h w``; tokens ``B N D`` with N = t·h·w / prod(patch_size); text ``B L text_dim``;
+image ``B M image_dim``; timestep ``B`` = 1000·sigma. The input stacks noise, mask and condition on channels
+(`fsdit.conditioning.model_input`), the output is the velocity of the noise.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from fsae.checkpoint import StrictModelMixin
+from fsdit.layers.attention import CrossAttention, SelfAttention
+from fsdit.layers.embeddings import ImageEmbedding, TextEmbedding, TimeEmbedding
+from fsdit.layers.layer_memory import LayerRouter, mix_states
+from fsdit.layers.modulation import WideLayerNorm, add_gated, at_least_float32, modulate
+from fsdit.layers.rope import Rotary, rotary_tables
+from fsdit.presets import PRESETS
+
+
+class FSDiTBlock(nn.Module):
+    """Block l: self-attention with Layer Memory, cross-attention, feed-forward.
+
+    With Mod(u) = LN(u)·(1 + scale_1) + shift_1 and X_0 ... X_{l-1} the residual states so far:
+
+        H  = Mod(X_{l-1}),   Ĥ = Mod(Σ_j w_j(H)·X_j)            (Ĥ = H without a router)
+        X' = X_{l-1} + gate_1 · SelfAttention(Q from H; K, V from Ĥ)
+        X" = X' + CrossAttention(norm3(X'))
+        X_l = X" + gate_2 · FFN(LN(X")·(1 + scale_2) + shift_2)
+    """
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float, image: bool) -> None:
+        super().__init__()
+        self.eps = eps
+        self.self_attn = SelfAttention(dim, num_heads, eps)
+        self.norm3 = WideLayerNorm(dim, eps=eps)
+        self.cross_attn = CrossAttention(dim, num_heads, eps, image)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.router: LayerRouter | None = None
+
+    def forward(self, time: Tensor, text: Tensor, image: Tensor | None, rotary: Rotary, *states: Tensor) -> Tensor:
+        """X_l ``B N D`` from time ``B 6 D``, text ``B L D``, image ``B M D`` and the states, newest last.
+
+        The states are explicit inputs: gradient checkpointing then keeps and differentiates them like any other.
+        """
+        x = states[-1]
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).chunk(6, dim=1)
+        hidden = memory = modulate(x, shift1, scale1, self.eps)
+        if self.router is not None:
+            memory = modulate(mix_states(states, self.router(hidden)), shift1, scale1, self.eps)
+        x = add_gated(x, self.self_attn(hidden, memory, rotary), gate1)
+        x = x + self.cross_attn(self.norm3(x), text, image)
+        return add_gated(x, self.ffn(modulate(x, shift2, scale2, self.eps)), gate2)
+
+
+class Head(nn.Module):
+    """Modulated norm and the linear map from tokens to patches."""
+
+    def __init__(self, dim: int, patch_channels: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.head = nn.Linear(dim, patch_channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x ``B N D`` and time ``B D`` -> ``B N patch_channels``."""
+        shift, scale = (self.modulation + time.unsqueeze(1)).chunk(2, dim=1)
+        return self.head(modulate(x, shift, scale, self.eps))
+
+
+class FSDiT(StrictModelMixin):
+    """The diffusion transformer.
+
+    Args:
+        dim: D, token width; divisible by ``num_heads`` into heads of even width.
+        ffn_dim: width inside the feed-forward.
+        num_heads: attention heads.
+        num_layers: blocks.
+        freq_dim: width of the timestep's sinusoid.
+        text_dim: width of the text features.
+        text_len: rows of text the model attends to; shorter text is continued with zero rows, which are not masked.
+        image_dim: width of the image features; None builds no image branch.
+        latent_channels: channels of the autoencoder's latents.
+        mask_channels: channels of the condition mask.
+        in_channels: default 2·latent_channels + mask_channels (noise, mask, condition).
+        out_channels: default latent_channels.
+        patch_size: patch over (t, h, w); the paper's is (1, 1, 1).
+        eps: of all norms in the blocks.
+        rope_theta: base of the rotary frequencies.
+        layer_memory: give blocks 2 ... num_layers a router.
+        memory_bias: c of the routers' start (`LayerRouter`): 1 from scratch, 7 to adapt a pretrained model.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["FSDiTBlock"]
+    _repeated_blocks = ["FSDiTBlock"]
+    _keep_in_fp32_modules = ["time_embedding", "modulation", "norm3", "router"]
+    _skip_layerwise_casting_patterns = ["patch_embedding", "_embedding", "norm", "router"]
+
+    @register_to_config
+    def __init__(
+        self,
+        dim: int = 5120,
+        ffn_dim: int = 13824,
+        num_heads: int = 40,
+        num_layers: int = 40,
+        freq_dim: int = 256,
+        text_dim: int = 4096,
+        text_len: int = 512,
+        image_dim: int | None = 1280,
+        latent_channels: int = 128,
+        mask_channels: int = 4,
+        in_channels: int | None = None,
+        out_channels: int | None = None,
+        patch_size: tuple[int, int, int] = (1, 1, 1),
+        eps: float = 1e-6,
+        rope_theta: float = 10000.0,
+        layer_memory: bool = True,
+        memory_bias: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads or (dim // num_heads) % 2:
+            raise ValueError(f"dim {dim} does not divide into {num_heads} heads of even width")
+        in_channels = in_channels or 2 * latent_channels + mask_channels
+        out_channels = out_channels or latent_channels
+        self.register_to_config(in_channels=in_channels, out_channels=out_channels, patch_size=tuple(patch_size))
+
+        self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.text_embedding = TextEmbedding(text_dim, dim)
+        self.time_embedding = TimeEmbedding(freq_dim, dim)
+        self.time_projection = nn.Linear(dim, 6 * dim)
+        self.image_embedding = None if image_dim is None else ImageEmbedding(image_dim, dim)
+        self.blocks = nn.ModuleList(
+            FSDiTBlock(dim, ffn_dim, num_heads, eps, image_dim is not None) for _ in range(num_layers)
+        )
+        if layer_memory:
+            for index in range(1, num_layers):
+                self.blocks[index].router = LayerRouter(dim, index + 1, memory_bias)
+        self.head = Head(dim, out_channels * math.prod(patch_size), eps)
+        self.gradient_checkpointing = False
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform linears with zero bias, N(0, 0.02) for the text and time embeddings, a zero head."""
+        for name, module in self.named_modules():
+            if not isinstance(module, (nn.Linear, nn.Conv3d)):
+                continue
+            if name.startswith(("text_embedding", "time_embedding")):
+                nn.init.normal_(module.weight, std=0.02)
+            else:  # K and V share a linear but start as the two matrices they are
+                halves = 2 if ".to_kv" in name else 1
+                for part in module.weight.detach().flatten(1).chunk(halves):
+                    nn.init.xavier_uniform_(part)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.head.head.weight)
+
+    def router_parameters(self) -> list[nn.Parameter]:
+        """All router weights and biases: they train with ten times the rate and no weight decay (`fsdit.training`)."""
+        return [p for m in self.blocks.modules() if isinstance(m, LayerRouter) for p in m.parameters()]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+    ) -> Tensor:
+        """The velocity eps - z0 that the model predicts.
+
+        Args:
+            hidden_states: ``B in_channels t h w``; t, h, w divisible by the patch.
+            timestep: ``B``, 1000·sigma as floats.
+            encoder_hidden_states: text, ``B L text_dim`` with L <= text_len.
+            encoder_hidden_states_image: image, ``B M image_dim``; required unless image_dim is None.
+
+        Returns:
+            ``B out_channels t h w`` in the dtype of the model's weights (or of autocast).
+        """
+        self._check_inputs(hidden_states, encoder_hidden_states, encoder_hidden_states_image)
+        grid = self._token_grid(hidden_states)
+        head_dim = self.config.dim // self.config.num_heads
+        rotary = rotary_tables(grid, head_dim, self.config.rope_theta, hidden_states.device)
+        dtype = self.patch_embedding.weight.dtype
+        x = self.patch_embedding(hidden_states.to(dtype)).flatten(2).transpose(1, 2).contiguous()
+
+        time = self.time_embedding(timestep)
+        projection = self.time_projection(nn.functional.silu(time).to(self.time_projection.weight.dtype))
+        text = self.text_embedding(self._pad_text(encoder_hidden_states.to(dtype)))
+        image = None
+        if self.image_embedding is not None and encoder_hidden_states_image is not None:
+            image = self.image_embedding(encoder_hidden_states_image.to(dtype))
+
+        x = self._run_blocks(x, at_least_float32(projection).unflatten(1, (6, -1)), text, image, rotary)
+        return self._unpatchify(self.head(x, at_least_float32(time)), grid)
+
+    def _run_blocks(self, x: Tensor, time: Tensor, text: Tensor, image: Tensor | None, rotary: Rotary) -> Tensor:
+        """X_L ``B N D``. Every state is kept while Layer Memory may still read it, otherwise only the newest."""
+        states = [x]
+        for block in self.blocks:
+            inputs = states if block.router is not None else states[-1:]
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, time, text, image, rotary, *inputs)
+            else:
+                x = block(time, text, image, rotary, *inputs)
+            states = [*states, x] if self.config.layer_memory else [x]
+        return x
+
+    def _token_grid(self, hidden_states: Tensor) -> tuple[int, int, int]:
+        t, h, w = (size // patch for size, patch in zip(hidden_states.shape[2:], self.config.patch_size, strict=True))
+        return t, h, w
+
+    def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """``B (t h w) (pt ph pw C)`` -> ``B C (t pt) (h ph) (w pw)``."""
+        (t, h, w), (pt, ph, pw) = grid, self.config.patch_size
+        x = patches.reshape(len(patches), t, h, w, pt, ph, pw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.reshape(len(patches), -1, t * pt, h * ph, w * pw)
+
+    def _pad_text(self, text: Tensor) -> Tensor:
+        return nn.functional.pad(text, (0, 0, 0, self.config.text_len - text.shape[1]))
+
+    def _check_inputs(self, latents: Tensor, text: Tensor, image: Tensor | None) -> None:
+        """ValueError for shapes that would otherwise fail deep inside, or not fail and be wrong."""
+        if latents.ndim != 5 or latents.shape[1] != self.config.in_channels:
+            raise ValueError(f"expected B {self.config.in_channels} t h w, got {tuple(latents.shape)}")
+        grid, patch = latents.shape[2:], self.config.patch_size
+        if any(size % step for size, step in zip(grid, patch, strict=True)):
+            raise ValueError(f"latent grid {tuple(grid)} does not divide by patch {tuple(patch)}")
+        if text.shape[1] > self.config.text_len:
+            raise ValueError(f"{text.shape[1]} text tokens given, the model takes at most {self.config.text_len}")
+        if (image is None) != (self.image_embedding is None):
+            given, wants = ("no image", "needs") if image is None else ("an image", "was built without")
+            raise ValueError(f"{given} embedding given, but this model {wants} one")

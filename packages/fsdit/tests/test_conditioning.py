@@ -1,0 +1,131 @@
+"""Text, image and known latents on their way into the transformer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fsae.errors import CheckpointError, UserError
+from fsdit.conditioning import (
+    ImageEncoder,
+    TextEncoder,
+    clean_prompt,
+    first_frame_condition,
+    load_encoders,
+    model_input,
+    nano_image_encoder,
+    nano_text_encoder,
+    nano_tokenizer,
+    resize_for_clip,
+)
+
+
+@pytest.fixture(scope="module")
+def text() -> TextEncoder:
+    torch.manual_seed(0)
+    return TextEncoder(nano_text_encoder().eval(), nano_tokenizer(), 32)
+
+
+@pytest.fixture(scope="module")
+def image() -> ImageEncoder:
+    torch.manual_seed(0)
+    return ImageEncoder(nano_image_encoder().eval())
+
+
+def test_prompt_cleaning() -> None:
+    assert clean_prompt("  a\tcat &amp;amp; a\n dog ") == "a cat & a dog"
+    assert clean_prompt("schÃ¶n") == "schön"
+    assert clean_prompt("") == ""
+
+
+def test_text_is_padded_with_zeros_behind_the_encoder(text: TextEncoder) -> None:
+    with torch.no_grad():
+        got = text(["pan left", "zoom  in &amp; out"])
+        assert got.embeddings.shape == (2, 32, 128)
+        assert got.tokens == (9, 14) and got.dropped == (0, 0)  # one a byte, and the end token
+        for row, prompt in enumerate(["pan left", "zoom in & out"]):
+            ids = torch.tensor([[b + 3 for b in prompt.encode()] + [1]])
+            alone = text.model(input_ids=ids).last_hidden_state[0]
+            length = got.tokens[row]
+            assert torch.allclose(got.embeddings[row, :length], alone, atol=1e-5)
+            assert not got.embeddings[row, length:].any()
+
+
+def test_long_and_empty_prompts(text: TextEncoder) -> None:
+    ids, dropped = text.tokenize("x" * 10_000)
+    assert len(ids) == 32 and ids[-1] == text.tokenizer.eos_token_id and dropped == 10_001 - 32
+    assert text.tokenize("x" * 31) == ([123] * 31 + [1], 0)  # exactly full
+    with torch.no_grad():
+        got = text(["", "x" * 10_000])
+    assert got.tokens == (1, 32) and got.dropped == (0, 9969)
+
+
+def test_image_features_are_the_state_before_the_last_block(image: ImageEncoder) -> None:
+    tower, pictures = image.model, torch.rand(2, 3, 90, 50) * 2 - 1
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    squares = F.interpolate((pictures + 1) / 2, (64, 64), mode="bicubic", antialias=False, align_corners=False)
+    pixels = (squares - mean) / std
+    assert torch.allclose(image.pixel_values(pictures), pixels, atol=1e-5)
+    with torch.no_grad():
+        state = tower.pre_layrnorm(tower.embeddings(pixels))
+        for layer in tower.encoder.layers[:-1]:
+            state = layer(state, attention_mask=None)
+            state = state[0] if isinstance(state, tuple) else state
+        got = image(pictures)
+    assert got.shape == (2, 17, 128)
+    assert torch.allclose(got, state, atol=1e-4)
+
+
+def test_encoders_are_differentiable_up_to_the_last_block(image: ImageEncoder, text: TextEncoder) -> None:
+    unused = {id(p) for p in image.unused_parameters()}
+    picture = torch.zeros(1, 3, 40, 40, requires_grad=True)
+    (image(picture).square().sum() + text(["a"]).embeddings.square().sum()).backward()
+    assert picture.grad.abs().sum() > 0
+    assert all((p.grad is None) == (id(p) in unused) for p in image.model.parameters())
+    assert all(p.grad is not None for p in text.model.parameters())
+
+
+def test_resizing_twice_is_resizing_once() -> None:
+    once = resize_for_clip(torch.rand(1, 3, 50, 70), 64)
+    assert torch.equal(resize_for_clip(once, 64), once)
+
+
+def test_first_frame_condition() -> None:
+    first = torch.randn(2, 8, 1, 3, 2)
+    condition = first_frame_condition(first, 4, mask_channels=4)
+    assert torch.equal(condition.latents[:, :, :1], first) and not condition.latents[:, :, 1:].any()
+    assert condition.mask.shape == (2, 4, 4, 3, 2)
+    assert condition.mask[:, :, 0].eq(1).all() and not condition.mask[:, :, 1:].any()
+    assert first_frame_condition(first, 1).latents.shape == first.shape
+    noisy = torch.randn(2, 8, 4, 3, 2)
+    stacked = model_input(noisy, condition)
+    assert torch.equal(stacked, torch.cat([noisy, condition.mask, condition.latents], dim=1))
+    with pytest.raises(ValueError, match="one first latent"):
+        first_frame_condition(torch.zeros(1, 8, 2, 3, 2), 4)
+
+
+def test_saved_in_pipeline_layout_and_loaded(tmp_path, text: TextEncoder, image: ImageEncoder) -> None:
+    text.model.save_pretrained(tmp_path / "text_encoder")
+    text.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    image.model.save_pretrained(tmp_path / "image_encoder")
+    text2, image2 = load_encoders(tmp_path, 32)
+    prompts, picture = ["héllo", "a"], torch.rand(1, 3, 20, 30)
+    with torch.no_grad():
+        assert torch.equal(text(prompts).embeddings, text2(prompts).embeddings)
+        assert torch.equal(image(picture), image2(picture))
+
+    weights = tmp_path / "image_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="image_encoder"):
+        load_encoders(tmp_path, 32)
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(tmp_path / "text_encoder" / "model.safetensors")
+    del state["encoder.block.1.layer.0.SelfAttention.q.weight"]
+    save_file(state, tmp_path / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="missing keys, first encoder.block.1"):
+        load_encoders(tmp_path, 32)
+    with pytest.raises(UserError, match="neither"):
+        load_encoders(tmp_path / "absent", 32)

@@ -1,0 +1,343 @@
+"""Training: what the loss is, that it learns, that its options reach it, and the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+from fsae import FSAE
+from fsae.errors import UserError
+from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
+from fsae.training.loop import train
+from fsdit import FSDiT
+from fsdit.cli import main
+from fsdit.conditioning import ImageEncoder, TextEncoder, load_encoders, nano_tokenizer
+from fsdit.config import TransformerConfig
+from fsdit.data import CachedClips, encode_clips
+from fsdit.flow import FlowSchedule
+from fsdit.training import FlowMatchingTask, train_transformer
+
+SMALL = {
+    "dim": 64,
+    "ffn_dim": 128,
+    "num_heads": 2,
+    "num_layers": 3,
+    "freq_dim": 64,
+    "text_dim": 32,
+    "text_len": 16,
+    "image_dim": 16,
+    "latent_channels": 4,
+}
+TINY_FSAE = {
+    "widths": (8, 8, 16, 16, 16, 16, 16),
+    "encoder_depths": (1, 1, 1, 1, 1, 1, 1),
+    "decoder_depths": (1, 1, 1, 1, 1, 1, 1),
+    "latent_channels": 4,
+    "attention_head_dim": 8,
+    "injection_head_dim": 8,
+}
+
+
+def config(tmp_path: Any, **changes: Any) -> TransformerConfig:
+    loop = LoopConfig(
+        output_dir=str(tmp_path / "run"),
+        max_steps=changes.pop("max_steps", 60),
+        batch_size=16,
+        optimizer=OptimizerConfig(learning_rate=5e-3),
+        schedule=ScheduleConfig(kind="constant"),
+        ema_decay=0.0,
+        tensorboard=False,
+        save_every=0,
+    )
+    return TransformerConfig(data="", autoencoder="", loop=loop, **changes)
+
+
+def parts(**overrides: Any) -> tuple[FSDiT, TextEncoder, ImageEncoder]:
+    torch.manual_seed(0)
+    transformer = FSDiT(**{**SMALL, **overrides})
+    text = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=384, d_model=32, d_kv=16, num_heads=2, num_layers=1, d_ff=32, feed_forward_proj="gated-gelu"
+        )
+    )
+    image = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        )
+    )
+    return transformer, TextEncoder(text.eval(), nano_tokenizer(), 16), ImageEncoder(image)
+
+
+def clips(count: int = 64, permuted: bool = False) -> CachedClips:
+    """Clips of 3 latents that go up or down from nought, as caption and picture say.
+
+    ``permuted`` gives each clip another one's caption and picture, so that they tell nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sign = torch.randint(0, 2, (count,), generator=generator) * 2 - 1
+    latents = sign.view(-1, 1, 1, 1, 1) * torch.tensor([0.0, 2.0, 2.0]).view(1, 1, 3, 1, 1).expand(count, 4, 3, 1, 1)
+    if permuted:
+        sign = sign[torch.randperm(count, generator=generator)]
+    captions = ["up" if s > 0 else "down" for s in sign.tolist()]
+    images = (0.5 * sign).view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
+    return CachedClips(latents, captions, images.half())
+
+
+def batch(source: Any, count: int = 4) -> dict[str, Any]:
+    return torch.utils.data.default_collate([source[i] for i in range(count)])
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# --- the loss ----------------------------------------------------------------------------------------------------
+
+
+class Oracle(torch.nn.Module):
+    """In the transformer's place: records its inputs and answers with a constant."""
+
+    def __init__(self, answer: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.answer = answer
+        self.config = FSDiT(**SMALL).config
+
+    def forward(self, inputs: Tensor, timestep: Tensor, text: Tensor, image: Tensor) -> Tensor:
+        self.seen = inputs, timestep, text, image
+        return self.weight + (torch.zeros_like(inputs[:, :4]) if self.answer is None else self.answer)
+
+
+def test_loss_is_the_formula(tmp_path) -> None:
+    _, text, image = parts()
+    settings = replace(config(tmp_path), caption_dropout=0.0, huber_delta=0.4, flow=FlowSchedule(3.0, 0.5, 0.7))
+    data = batch(clips())
+    latents = data["latents"]
+    draw = generator(7)
+    noise, sigma = torch.randn(latents.shape, generator=draw), settings.flow.sample(4, draw)
+
+    oracle = Oracle()
+    out = FlowMatchingTask(oracle, text, image, settings).loss(data, generator(7))
+    mse = (noise - latents).square().flatten(1).mean(1)
+    assert out["loss"].item() == pytest.approx(((mse + 0.4**2).sqrt() - 0.4).mean().item(), rel=1e-5)
+    assert out["mse"].item() == pytest.approx(mse.mean().item(), rel=1e-5)
+    inputs, timestep, seen_text, seen_image = oracle.seen
+    assert torch.equal(timestep, 1000 * sigma)
+    s = sigma.view(-1, 1, 1, 1, 1)
+    assert torch.allclose(inputs[:, :4], (1 - s) * latents + s * noise)
+    assert inputs[:, 4:8, 0].eq(1).all() and not inputs[:, 4:8, 1:].any()
+    assert torch.equal(inputs[:, 8:, 0], latents[:, :, 0]) and not inputs[:, 8:, 1:].any()
+    assert torch.equal(seen_text, text(data["caption"]).embeddings)
+    assert torch.equal(seen_image, image(data["image"]))
+
+    oracle = Oracle(noise - latents)  # whoever knows the answer has no loss
+    assert FlowMatchingTask(oracle, text, image, settings).loss(data, generator(7))["loss"].item() == 0
+
+
+def test_caption_dropout_gives_the_empty_prompt(tmp_path) -> None:
+    _, text, image = parts()
+    data = batch(clips(64), 64)
+    empty = text([""]).embeddings[0]
+    shares = {}
+    for p in (0.0, 0.3, 1.0):
+        oracle = Oracle()
+        FlowMatchingTask(oracle, text, image, config(tmp_path, caption_dropout=p)).loss(data, generator())
+        shares[p] = sum(torch.allclose(row, empty, atol=1e-5) for row in oracle.seen[2]) / 64
+    assert shares[0.0] == 0 and shares[1.0] == 1 and 0.15 < shares[0.3] < 0.45
+
+
+def test_loss_follows_its_generator(tmp_path) -> None:
+    transformer, text, image = parts()
+    task = FlowMatchingTask(transformer, text, image, config(tmp_path))
+    a, b, c = (task.loss(batch(clips()), generator(seed))["loss"].item() for seed in (1, 1, 2))
+    assert a == b != c
+
+
+def test_what_is_trained(tmp_path) -> None:
+    for trained in (True, False):
+        transformer, text, image = parts()
+        encoders = {"encoders": "elsewhere", "train_encoders": trained}
+        task = FlowMatchingTask(transformer, text, image, config(tmp_path, **encoders))
+        assert set(task.modules) == {"transformer", *(("text_encoder", "image_encoder") if trained else ())}
+        assert set(task.frozen) == (set() if trained else {"text_encoder", "image_encoder"})
+        torch.nn.init.normal_(transformer.head.head.weight)
+        task.loss(batch(clips()), generator())["loss"].backward()
+        parameters = [p for m in task.modules.values() for p in m.parameters() if p.requires_grad]
+        assert all(p.grad is not None for p in parameters)  # none is waited for in vain by several processes
+        assert (text.model.shared.weight.grad is not None) == trained
+    assert config(tmp_path).trains_encoders
+    assert not config(tmp_path, encoders="elsewhere").trains_encoders
+
+
+def test_routers_have_their_own_rate_and_no_decay(tmp_path) -> None:
+    transformer, text, image = parts()
+    task = FlowMatchingTask(transformer, text, image, config(tmp_path, router_rate=7.0))
+    groups = task.parameter_groups(OptimizerConfig(learning_rate=1e-3, weight_decay=0.1))
+    routers = {id(p) for p in transformer.router_parameters()}
+    assert len(routers) == 4
+    (own,) = [g for g in groups if any(id(p) in routers for p in g["params"])]
+    assert {id(p) for p in own["params"]} == routers
+    assert own["lr"] == pytest.approx(7e-3) and own["weight_decay"] == 0.0
+    everything = [id(p) for g in groups for p in g["params"]]
+    wanted = [id(p) for m in task.modules.values() for p in m.parameters() if p.requires_grad]
+    assert sorted(everything) == sorted(wanted)
+
+
+# --- learning ----------------------------------------------------------------------------------------------------
+
+
+def trained_loss(tmp_path: Any, permuted: bool) -> tuple[float, float]:
+    """Loss on the clips before and after training; so noisy that only the conditions tell what they are."""
+    data = clips(permuted=permuted)
+    settings = config(
+        tmp_path / str(permuted), max_steps=30, caption_dropout=0.0, flow=FlowSchedule(20.0), encoders="as they are"
+    )
+    task = FlowMatchingTask(*parts(num_layers=2), settings, validation=batch(data, 32))
+    with torch.no_grad():
+        before = float(task.validate(0)["loss"])
+    train(task, data, settings.loop)
+    with torch.no_grad():
+        return before, float(task.validate(0)["loss"])
+
+
+def test_learns_and_uses_its_conditions(tmp_path) -> None:
+    before, after = trained_loss(tmp_path, permuted=False)
+    assert after < 0.5 * before
+    before, control = trained_loss(tmp_path, permuted=True)  # the same clips with another clip's caption and picture
+    assert control > 0.75 * before
+
+
+def test_from_videos_to_a_saved_model(tmp_path) -> None:
+    torch.manual_seed(0)
+    FSAE(**TINY_FSAE).save_pretrained(tmp_path / "fsae")
+    FSDiT(**{**SMALL, "text_dim": 128, "image_dim": 128}).save_pretrained(tmp_path / "dit")  # as the nano encoders
+    videos = [{"video": torch.rand(3, 5, 64, 128) * 2 - 1, "caption": c} for c in ("left", "right", "up")]
+    base = config(tmp_path, max_steps=2, gradient_checkpointing=True, validation_steps=2, validation_samples=2)
+    settings = replace(
+        base,
+        autoencoder=str(tmp_path / "fsae"),
+        model=str(tmp_path / "dit"),
+        frames=5,
+        height=64,
+        width=128,
+        loop=replace(base.loop, batch_size=2, validate_every=1, ema_decay=0.9),
+    )
+    folders = train_transformer(settings, dataset=videos)
+    assert [f.name for f in folders] == ["transformer", "text_encoder", "image_encoder", "tokenizer"]
+    trained = FSDiT.from_pretrained(folders[0])
+    old = FSDiT.from_pretrained(tmp_path / "dit")
+    assert not torch.equal(trained.head.head.weight, old.head.head.weight)
+    load_encoders(tmp_path / "run", 16)
+    with pytest.raises(UserError, match="cannot be encoded"):
+        train_transformer(replace(settings, frames=6), dataset=videos)
+
+
+def test_cached_clips_train_as_videos_do(tmp_path) -> None:
+    torch.manual_seed(0)
+    autoencoder = FSAE(**TINY_FSAE).eval()
+    videos = [{"video": torch.rand(3, 5, 64, 128) * 2 - 1, "caption": str(i)} for i in range(4)]
+    cached = encode_clips(videos, autoencoder, image_size=16, batch_size=3)
+    assert cached.latents.shape == (4, 4, 2, 1, 2) and cached.images.shape == (4, 3, 16, 16)
+    transformer, text, image = parts()
+    torch.nn.init.normal_(transformer.head.head.weight, std=0.1)
+    task = FlowMatchingTask(transformer, text, image, config(tmp_path), autoencoder)
+    losses = [task.loss(batch(source), generator())["loss"].item() for source in (cached, videos)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    without = FlowMatchingTask(transformer, text, image, config(tmp_path))
+    with pytest.raises(UserError, match="give the autoencoder"):
+        without.loss(torch.utils.data.default_collate(videos), generator())
+
+
+def test_validation_shows_samples(tmp_path) -> None:
+    torch.manual_seed(0)
+    autoencoder = FSAE(**TINY_FSAE).eval()
+    videos = [{"video": torch.rand(3, 5, 64, 64) * 2 - 1, "caption": "a"}]
+    held_out = torch.utils.data.default_collate(videos)
+    pictures = []
+    for changes in ({}, {"validation_steps": 5}, {"validation_guidance": 6.0}):
+        transformer, text, image = parts()
+        torch.manual_seed(1)
+        torch.nn.init.normal_(transformer.head.head.weight, std=0.2)
+        settings = config(tmp_path, **{"validation_steps": 2, **changes})
+        task = FlowMatchingTask(transformer, text, image, settings, autoencoder, held_out)
+        with torch.no_grad():
+            result = task.validate(0)
+        assert result["loss"].ndim == 0
+        assert result["samples"].shape == (3, 2 * 64, 3 * 64)  # the clip above the sample; first, middle, last frame
+        assert result["samples"].min() >= 0 and result["samples"].max() <= 1
+        pictures.append(result["samples"])
+    assert not torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
+    assert FlowMatchingTask(*parts(), config(tmp_path)).validate(0) == {}
+
+
+# --- what does not fit -------------------------------------------------------------------------------------------
+
+
+def test_parts_that_do_not_fit_are_named(tmp_path) -> None:
+    for wrong, part in (({"text_dim": 64}, "text encoder"), ({"image_dim": 64}, "image encoder")):
+        with pytest.raises(UserError, match=f"{part} gives .* channels, the transformer takes 64"):
+            FlowMatchingTask(*parts(**wrong), config(tmp_path))
+    with pytest.raises(UserError, match="autoencoder gives 4"):
+        FlowMatchingTask(*parts(latent_channels=8), config(tmp_path), FSAE(**TINY_FSAE))
+    with pytest.raises(UserError, match="neither a preset"):
+        train_transformer(config(tmp_path, model="nanno"))
+
+
+def test_impossible_settings_are_refused(tmp_path) -> None:
+    for bad in ({"caption_dropout": 1.5}, {"huber_delta": 0.0}, {"router_rate": -1.0}, {"validation_steps": 0}):
+        with pytest.raises(UserError, match=next(iter(bad))):
+            config(tmp_path, **bad)
+    with pytest.raises(UserError, match="random weights"):
+        config(tmp_path, train_encoders=False)
+
+
+# --- command line ------------------------------------------------------------------------------------------------
+
+
+def test_help_needs_no_torch() -> None:
+    code = """
+import sys
+from fsdit.cli import main
+for argv in (["--help"], ["train", "--help"]):
+    assert main(argv) == 0
+assert not {"torch", "diffusers", "transformers"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for flag in ("--flow.shift", "--huber_delta", "--loop.optimizer.learning_rate", "--caption_dropout"):
+        assert flag in done.stdout
+
+
+def test_flags_override_the_file(tmp_path, monkeypatch, capsys) -> None:
+    seen = []
+    monkeypatch.setattr("fsdit.training.train_transformer", lambda config: seen.append(config) or [tmp_path / "x"])
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "data: clips\nautoencoder: ae\nflow: {shift: 7.0, std: 2.0}\nloop: {output_dir: out, max_steps: 5}\n"
+    )
+    assert main(["train", "--config", str(file), "--flow.std", "3.0", "--loop.max_steps", "9"]) == 0
+    assert "saved" in capsys.readouterr().out
+    (got,) = seen
+    assert got.flow == FlowSchedule(shift=7.0, std=3.0)
+    assert (got.data, got.autoencoder, got.loop.output_dir, got.loop.max_steps) == ("clips", "ae", "out", 9)
+
+
+def test_errors_are_one_sentence(tmp_path, capsys) -> None:
+    required = ["--data", "d", "--autoencoder", str(tmp_path / "none"), "--loop.output_dir", str(tmp_path / "o")]
+    assert main(["train", *required]) == 2
+    err = capsys.readouterr().err
+    assert "no model folder" in err and "Traceback" not in err
+    assert main(["train", *required, "--flow.shift", "-1"]) == 2
+    assert "above 0" in capsys.readouterr().err

@@ -1,0 +1,96 @@
+"""What is left on disk: the video with its metadata, and until that is written the latents it is made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fsae.data.video import check_video_target, write_video
+from fsae.errors import CheckpointError
+from fsae.files import check_writable
+
+if TYPE_CHECKING:
+    from fsvideo_pipeline.pipeline import Sample
+
+LATENTS_SUFFIX = ".latents.safetensors"
+PACKAGES = ("fsae", "fsdit", "fsupsampler", "fsvideo-pipeline", "torch", "diffusers", "transformers")
+
+
+def latents_path(video: str | os.PathLike[str]) -> Path:
+    """Where the latents of a video lie: beside it, under its name."""
+    return Path(video).with_suffix(LATENTS_SUFFIX)
+
+
+def check_output(video: str | os.PathLike[str]) -> None:
+    """Check before any work that a video and its latents can be written.
+
+    Raises:
+        UserError: as `fsae.data.video.check_video_target` and `fsae.files.check_writable`.
+    """
+    check_video_target(video)
+    check_writable(latents_path(video))
+
+
+def describe(request: dict[str, Any]) -> dict[str, str]:
+    """A video's metadata: the request and the versions that answered it, as JSON in a tag players show."""
+    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    return {"comment": json.dumps({**request, "versions": versions}, ensure_ascii=False)}
+
+
+def save_video(
+    path: str | os.PathLike[str], frames: NDArray[np.uint8], fps: float, metadata: dict[str, str] | None
+) -> None:
+    """Frames `T H W 3` as an mp4 that browsers play; see `fsae.data.video.write_video`."""
+    write_video(path, frames, fps, metadata)
+
+
+def save_sample(path: str | os.PathLike[str], sample: Sample) -> None:
+    """All that decoding needs, as one safetensors file: latents, canvas, the decoder's noise and the plan."""
+    import torch
+    from safetensors.torch import save_file
+
+    from fsae.files import atomic_path
+
+    tensors = {
+        "latents": sample.latents.contiguous(),
+        "canvas": torch.from_numpy(np.ascontiguousarray(sample.canvas)),
+        "noise_state": sample.noise_state,
+    }
+    plan = {"width": sample.plan.width, "height": sample.plan.height, "frames": sample.plan.frames}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "plan": json.dumps(plan)})
+
+
+def load_sample(path: str | os.PathLike[str]) -> Sample:
+    """What `save_sample` wrote, for `FSVideoPipeline.decode`.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, or no saved sample.
+    """
+    from safetensors import safe_open
+
+    from fsae.checkpoint import tensor_shapes
+    from fsvideo_pipeline.pipeline import Sample
+    from fsvideo_pipeline.plan import VideoPlan
+
+    names = set(tensor_shapes(path))
+    with safe_open(path, framework="pt") as file:
+        stored = (file.metadata() or {}).get("plan")
+        if stored is None or names != {"latents", "canvas", "noise_state"}:
+            raise CheckpointError(f"{path} is no saved sample; give a file that ends in {LATENTS_SUFFIX}")
+        tensors = {name: file.get_tensor(name) for name in names}
+    plan = json.loads(stored)
+    height, width = tensors["canvas"].shape[:2]
+    return Sample(
+        tensors["latents"],
+        tensors["canvas"].numpy(),
+        VideoPlan(plan["width"], plan["height"], width, height, plan["frames"], crop=(0, 0, 0, 0)),
+        tensors["noise_state"],
+    )

@@ -1,0 +1,424 @@
+"""FSVideoPipeline (paper §2.1): a photo and a prompt become frames.
+
+    canvas       the photo at the video's size, continued by reflection to multiples of 128 pixels
+    encode       canvas -> z_hr; canvas at half size -> z_lr; prompt -> text; canvas -> CLIP features
+    base         noise, condition [z_lr, 0 ...] -> latents at half size                 guided, UniPC
+    upsample     latents -> twice the height and width
+    refine       noise, condition [z_hr, upsampled ...], dynamic mask -> latents        not guided, UniPC
+    decode       latents, canvas -> frames, cropped to the video's size
+
+Pixels are uint8 `T H W 3`, latents normalised `1 C t h w`. One CPU generator makes all noise, in the order
+base, refiner,
+decoder: a seed means the same video on every device, up to rounding.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
+
+from fsae.data.video import to_frames, to_video_tensor
+from fsae.errors import UserError
+from fsae.model import FSAE
+from fsdit.conditioning import Condition, Context, ImageEncoder, TextEncoder, first_frame_condition
+from fsdit.flow import FlowSchedule
+from fsdit.model import FSDiT
+from fsdit.sampling import Step, denoise
+from fsupsampler.refiner import DynamicMask, refiner_condition
+from fsupsampler.upsampler import LatentUpsampler
+from fsvideo_pipeline.canvas import crop_video, make_canvas
+from fsvideo_pipeline.components import NAMES, load_component
+from fsvideo_pipeline.plan import VideoPlan, plan_video
+from fsvideo_pipeline.settings import Settings, read_index, read_settings
+
+logger = logging.getLogger(__name__)
+
+Stage = Literal["encode", "base", "upsample", "refine", "decode"]
+Photo = NDArray[np.uint8] | Tensor | Image.Image
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback sees: `step` of `total` steps of a stage are done; 0 when it starts."""
+
+    stage: Stage
+    step: int
+    total: int
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A video before it is decoded: all that `FSVideoPipeline.decode` needs.
+
+    Attributes:
+        latents: `1 C t h w`, normalised, float32, on the CPU.
+        canvas: uint8 `canvas_height canvas_width 3`, the first frame with its margins.
+        plan: sizes and number of frames.
+        noise_state: of the CPU generator, for the decoder's noise.
+        timings: seconds of each stage so far.
+    """
+
+    latents: Tensor
+    canvas: NDArray[np.uint8]
+    plan: VideoPlan
+    noise_state: Tensor
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VideoOutput:
+    """A finished video.
+
+    Attributes:
+        frames: uint8 `T H W 3`; None if latents were asked for.
+        sample: what the frames were decoded from.
+        timings: seconds of each stage.
+    """
+
+    frames: NDArray[np.uint8] | None
+    sample: Sample
+    timings: dict[str, float]
+
+
+class FSVideoPipeline(DiffusionPipeline):
+    """The models of FSVideo in a row; `from_pretrained(folder)` and `save_pretrained(folder)` in diffusers'
+    layout.
+
+    Args:
+        autoencoder: both resolutions' encoder, and the decoder.
+        text_encoder: UMT5, of the width that transformer and refiner expect.
+        tokenizer: its own.
+        image_encoder: CLIP's vision tower.
+        transformer: the base model.
+        upsampler: of the base model's latents.
+        refiner: the second model, at the video's resolution.
+        mask: how far the refiner is told to trust the upsampled latents.
+        settings: how the models are sampled by default; a dictionary is what a saved pipeline's index holds.
+    """
+
+    def __init__(
+        self,
+        autoencoder: FSAE,
+        text_encoder: UMT5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        image_encoder: CLIPVisionModel,
+        transformer: FSDiT,
+        upsampler: LatentUpsampler,
+        refiner: FSDiT,
+        mask: DynamicMask,
+        settings: Settings | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            autoencoder=autoencoder,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            image_encoder=image_encoder,
+            transformer=transformer,
+            upsampler=upsampler,
+            refiner=refiner,
+            mask=mask,
+        )
+        if not isinstance(settings, Settings):
+            settings = Settings.from_dict(settings or {}, "the pipeline")
+        self.register_to_config(settings=settings.to_dict())
+        # The convolutions are the cost of a video; they run fastest with the channels last.
+        self.autoencoder.to(memory_format=torch.channels_last_3d)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        torch_dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
+        **components: Any,
+    ) -> Self:
+        """Load a folder that `save_pretrained` wrote, and only if all of it is there and fits.
+
+        Args:
+            pretrained_model_name_or_path: the folder.
+            torch_dtype: of the weights once loaded, however they were saved. float32 suits a CPU, bfloat16 a
+                GPU.
+            variant: as in "fp16" for model.fp16.safetensors.
+            **components: take the place of the folder's, which then need not be there.
+
+        Raises:
+            CheckpointError: a file is missing or cut short, or does not fit its model.
+            UserError: a component is given that the pipeline does not have.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        for name in components:
+            if name not in NAMES:
+                raise UserError(f"from_pretrained was given {name!r}; the pipeline's components are {', '.join(NAMES)}")
+        index, settings = read_index(folder), read_settings(folder)
+        for name in NAMES:
+            if name not in components:
+                components[name] = load_component(name, folder, index, torch_dtype, variant)
+        return cls(**components, settings=settings)
+
+    @property
+    def settings(self) -> Settings:
+        """How the models are sampled by default."""
+        return Settings(**self.config.settings)
+
+    def plan(self, photo: tuple[int, int], size: tuple[int, int] | None = None, frames: int | None = None) -> VideoPlan:
+        """The video that these models make of a photo of (width, height) pixels; see `plan_video`."""
+        return plan_video(
+            photo,
+            self.settings.area,
+            self.settings.frames if frames is None else frames,
+            size,
+            multiple=2 * self.autoencoder.spatial_compression,
+            group=self.autoencoder.temporal_compression,
+        )
+
+    def __call__(
+        self,
+        image: Photo,
+        prompt: str,
+        *,
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        refiner_steps: int | None = None,
+        generator: torch.Generator | int | None = None,
+        callback: ProgressCallback | None = None,
+        output: Literal["frames", "latents"] = "frames",
+    ) -> VideoOutput:
+        """Make a video that starts with a photo.
+
+        Args:
+            image: a photo, uint8 `H W 3` or an upright PIL image in RGB (`fsae.data.image.load_image`).
+            prompt: what happens in the video.
+            size: (width, height); None follows the photo's aspect ratio at the settings' area.
+            frames: the nearest 1 + 4k is made.
+            steps: of the base model.
+            guidance: of the base model; 1 switches it off.
+            refiner_steps: of the refiner.
+            generator: a CPU generator or a seed; None draws a seed.
+            callback: called before and after every stage and after every step; what it raises ends the work.
+            output: "latents" leaves decoding out.
+
+        Raises:
+            UserError: one of these cannot be used; nothing has been computed then.
+        """
+        if output not in ("frames", "latents"):
+            raise UserError(f'output {output!r} given; "frames" or "latents" is accepted')
+        sample = self.sample(
+            image,
+            prompt,
+            size=size,
+            frames=frames,
+            steps=steps,
+            guidance=guidance,
+            refiner_steps=refiner_steps,
+            generator=generator,
+            callback=callback,
+        )
+        return self.decode(sample, callback) if output == "frames" else VideoOutput(None, sample, sample.timings)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        image: Photo,
+        prompt: str,
+        *,
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        refiner_steps: int | None = None,
+        generator: torch.Generator | int | None = None,
+        callback: ProgressCallback | None = None,
+    ) -> Sample:
+        """All of `__call__` but the decoding; arguments and errors are the same."""
+        settings = self.settings.override(steps=steps, guidance=guidance, refiner_steps=refiner_steps)
+        photo = _pixels(image)
+        if not prompt.strip():
+            raise UserError("the prompt is empty; say what happens in the video")
+        plan = self.plan((photo.shape[1], photo.shape[0]), size, frames)
+        noise_source = _generator(generator)
+        canvas = make_canvas(photo, plan)
+        self._warn_of_long(prompt)
+        clock = _Clock(callback)
+
+        with clock.stage("encode"):
+            high, low = self.encode_canvas(canvas)
+            context = self.encode_context(prompt, canvas, guided=settings.guidance != 1)
+        t = 1 + (plan.frames - 1) // self.autoencoder.temporal_compression
+        with clock.stage("base", settings.steps) as report:
+            condition = first_frame_condition(low, t, self.transformer.config.mask_channels)
+            base = self._denoise(
+                self.transformer,
+                condition,
+                context,
+                noise_source,
+                settings.shift,
+                settings.steps,
+                settings.guidance,
+                report,
+            )
+        with clock.stage("upsample"):
+            drafted = self.upsampler(base.to(self.upsampler.dtype)).float()
+        with clock.stage("refine", settings.refiner_steps) as report:
+            condition = refiner_condition(high, drafted, self.mask, self.refiner.config.mask_channels)
+            unguided = replace(context, negative=None)
+            latents = self._denoise(
+                self.refiner,
+                condition,
+                unguided,
+                noise_source,
+                settings.refiner_shift,
+                settings.refiner_steps,
+                1.0,
+                report,
+            )
+        # The first latent is known: the refiner's copy of it can only be worse.
+        latents[:, :, :1] = high
+        return Sample(latents.cpu(), canvas, plan, noise_source.get_state(), clock.timings)
+
+    @torch.inference_mode()
+    def decode(self, sample: Sample, callback: ProgressCallback | None = None) -> VideoOutput:
+        """A sample's frames. The canvas is the decoder's first frame; its margins are cropped away."""
+        clock = _Clock(callback)
+        with clock.stage("decode"):
+            generator = torch.Generator()
+            generator.set_state(sample.noise_state)
+            latents = sample.latents.to(self.device, self.autoencoder.dtype)
+            video = self.autoencoder.decode(latents, self._video_of(sample.canvas), generator)
+            frames = crop_video(to_frames(video[0]).numpy(), sample.plan)
+        return VideoOutput(frames, sample, {**sample.timings, **clock.timings})
+
+    def encode_canvas(self, canvas: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+        """Canvas `H W 3` -> float32 latents `1 C 1 h w`, and those of its half size `1 C 1 h/2 w/2`."""
+        video = self._video_of(canvas)
+        half = F.interpolate(
+            video[:, :, 0].float(), scale_factor=0.5, mode="bicubic", antialias=True, align_corners=False
+        )
+        low = half.clamp(-1, 1).unsqueeze(2).to(video.dtype)
+        return self.autoencoder.encode(video).float(), self.autoencoder.encode(low).float()
+
+    def encode_context(self, prompt: str, canvas: NDArray[np.uint8], guided: bool) -> Context:
+        """What cross-attention sees: the prompt, the canvas `H W 3` and, if guided, the empty prompt."""
+        text = self._text_encoder()([prompt, ""] if guided else [prompt])
+        image = ImageEncoder(self.image_encoder)(self._video_of(canvas)[:, :, 0])
+        return Context(text.embeddings[:1], image, text.embeddings[1:] if guided else None)
+
+    def _text_encoder(self) -> TextEncoder:
+        return TextEncoder(self.text_encoder, self.tokenizer, self.transformer.config.text_len)
+
+    def _warn_of_long(self, prompt: str) -> None:
+        tokens, dropped = self._text_encoder().tokenize(prompt)
+        if dropped:
+            logger.warning(
+                "the prompt has %d tokens; the model reads the first %d of them, so the rest has no effect",
+                len(tokens) + dropped,
+                len(tokens),
+            )
+
+    def _denoise(
+        self,
+        model: FSDiT,
+        condition: Condition,
+        context: Context,
+        noise_source: torch.Generator,
+        shift: float,
+        steps: int,
+        guidance: float,
+        report: Callable[[int], None],
+    ) -> Tensor:
+        """Latents of the condition's shape, float32, from noise that `noise_source` makes on the CPU."""
+
+        def after_step(step: Step) -> None:
+            report(step.index + 1)
+
+        noise = torch.randn(condition.latents.shape, generator=noise_source).to(self.device)
+        schedule = FlowSchedule(shift)
+        return denoise(
+            model,
+            noise,
+            condition,
+            context,
+            schedule=schedule,
+            steps=steps,
+            guidance=guidance,
+            callback=after_step,
+        )
+
+    def _video_of(self, canvas: NDArray[np.uint8]) -> Tensor:
+        """Canvas `H W 3` -> video of one frame `1 3 1 H W` as the autoencoder takes it."""
+        return to_video_tensor(torch.from_numpy(canvas[None])).unsqueeze(0).to(self.device, self.autoencoder.dtype)
+
+
+class _Clock:
+    """Times the stages and tells the callback about them."""
+
+    def __init__(self, callback: ProgressCallback | None) -> None:
+        self.callback = callback
+        self.timings: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, stage: Stage, total: int = 1) -> Iterator[Callable[[int], None]]:
+        """Time what is inside; it gets a function to report steps; the last is reported for it."""
+        done = -1
+
+        def report(step: int) -> None:
+            nonlocal done
+            if step != done and self.callback is not None:
+                self.callback(Progress(stage, step, total))
+            done = step
+
+        start = time.perf_counter()
+        report(0)
+        yield report
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        report(total)
+        self.timings[stage] = time.perf_counter() - start
+
+
+def _pixels(image: Photo) -> NDArray[np.uint8]:
+    """Any accepted form of a photo as uint8 `H W 3`."""
+    if isinstance(image, Image.Image) and image.mode != "RGB":
+        raise UserError(
+            f"a PIL image of mode {image.mode} given; accepted is RGB, as fsae.data.image.load_image reads any"
+        )
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+        raise UserError(f"an image of {array.dtype} {array.shape} given; accepted is uint8 H W 3 or a PIL image")
+    return array
+
+
+def _generator(given: torch.Generator | int | None) -> torch.Generator:
+    """The CPU generator that makes all noise."""
+    if isinstance(given, torch.Generator):
+        if given.device.type != "cpu":
+            raise UserError(
+                f"a generator on {given.device} given; the noise is made on the CPU, so give a CPU generator"
+            )
+        return given
+    generator = torch.Generator()
+    if given is None:
+        generator.seed()
+    else:
+        generator.manual_seed(given)
+    return generator

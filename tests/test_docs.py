@@ -1,0 +1,91 @@
+"""What README.md and docs/training.md tell a reader to type is typed here."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from fsae.data.video import write_video
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Later flags win: the commands stay the page's, their size becomes a test's.
+SMALL = ["--loop.max_steps", "1", "--loop.batch_size", "1", "--frames", "5"]
+
+
+def fenced(page: str, language: str) -> list[str]:
+    """The code blocks of a page."""
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+
+
+def run(command: list[str], folder: Path) -> str:
+    """Run one of the project's commands as this environment's script."""
+    script = Path(sys.executable).with_name(command[0])
+    done = subprocess.run([str(script), *command[1:]], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def size_and_frames(path: Path) -> tuple[int, int, int]:
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    return frames[0].width, frames[0].height, len(frames)
+
+
+def make_clips(folder: Path) -> None:
+    """Two short videos, their list, and a photo."""
+    rng = np.random.default_rng(0)
+    (folder / "clips").mkdir()
+    lines = []
+    for index in range(2):
+        picture = np.asarray(Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((320, 320)))
+        frames = [np.ascontiguousarray(picture[:256, 2 * t : 2 * t + 256]) for t in range(9)]
+        write_video(folder / "clips" / f"{index}.mp4", frames, 16.0, None)
+        lines.append(json.dumps({"path": f"clips/{index}.mp4", "caption": "the camera pans right"}))
+    (folder / "clips.jsonl").write_text("\n".join(lines) + "\n")
+    Image.fromarray(picture).save(folder / "photo.jpg")
+
+
+@pytest.mark.slow
+def test_the_training_page_from_clips_to_a_video(tmp_path: Path) -> None:
+    make_clips(tmp_path)
+    *training, generating = [
+        shlex.split(line) for block in fenced("docs/training.md", "sh") for line in block.splitlines()
+    ]
+    assert [c[0] for c in training] == ["fsae", "fsae", "fsdit", "fsupsampler", "fsupsampler"]
+    for command in training:
+        side = "128" if command[0] == "fsupsampler" else "64"
+        frames = ["--frames", "1"] if "runs/images" in command else []
+        run([*command, *SMALL, *frames, "--height", side, "--width", side, "--loop.tensorboard", "false"], tmp_path)
+    (program,) = fenced("docs/training.md", "python")
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    run([*generating, "--frames", "5", "--steps", "1", "--size", "128x128"], tmp_path)
+    assert size_and_frames(tmp_path / "out.mp4") == (128, 128, 5)
+
+
+def test_the_readmes_first_command_makes_a_video(tmp_path: Path) -> None:
+    first, second = (block.strip() for block in fenced("README.md", "sh")[:2])
+    install, generate = first.split("&&")
+    assert install.split()[:4] == ["python", "-m", "pip", "install"]
+    command = shlex.split(generate)
+    assert command[:2] == ["fsvideo", "generate"]
+    photo = ROOT / command[2]
+    assert photo.is_file()
+    output = run(["fsvideo", "generate", str(photo), *command[3:]], tmp_path)
+    made = tmp_path / command[command.index("-o") + 1]
+    assert made.name in output
+    width, height, frames = size_and_frames(made)
+    assert frames == 33
+    assert width * height == pytest.approx(256 * 256, rel=0.15)
+    assert second == "python -m pip install -c constraints.txt -r requirements-test.txt && python -m pytest"
