@@ -89,3 +89,10 @@ def test_the_readmes_first_command_makes_a_video(tmp_path: Path) -> None:
     assert frames == 33
     assert width * height == pytest.approx(256 * 256, rel=0.15)
     assert second == "python -m pip install -c constraints.txt -r requirements-test.txt && python -m pytest"
+
+
+def test_the_readmes_program_runs() -> None:
+    (program,) = fenced("README.md", "python")
+    assert "autoencoder.decode" in program
+    check = "\nassert latents.shape == (1, 128, 5, 2, 2) and again.shape == video.shape\n"
+    subprocess.run([sys.executable, "-c", program + check], check=True)

@@ -1,8 +1,7 @@
 """Trains every part of the nano model on the nano world, stage by stage.
 
     python tools/nano/train.py images        # the autoencoder, on single images
-    python tools/nano/train.py motion        # inflated; what moved where, told by the known camera
-    python tools/nano/train.py videos        # moving clips, reconstructed
+    python tools/nano/train.py videos        # on moving clips
     python tools/nano/train.py decoder       # its encoder frozen, the decoder alone
     python tools/nano/train.py cache         # clips as latents, for the stages below (needs videos)
     python tools/nano/train.py base          # the transformer and its two encoders
@@ -20,7 +19,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +38,9 @@ from fsae import FSAE
 from fsae.checkpoint import save_state
 from fsae.inflation import inflate
 from fsae.initialization import start_small
-from fsae.training.autoencoder import AutoencoderTask, measure_latent_statistics
+from fsae.losses.reconstruction import l1_loss
+from fsae.metrics import psnr
+from fsae.training.autoencoder import AutoencoderTask, frame_grid
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
 from fsdit.conditioning import load_encoders, resize_for_clip
@@ -62,7 +62,7 @@ MODEL = ROOT / "packages" / "fsvideo-pipeline" / "src" / "fsvideo_pipeline" / "m
 FRAMES, HIGH, LOW = 33, 256, 128
 """The video that the nano model makes by default, and the base model's size."""
 
-BASE_CLIPS, PAIRED_CLIPS = 1600, 240
+BASE_CLIPS, PAIRED_CLIPS = 1000, 160
 """Clips kept as latents: at the base model's size alone, and at both sizes."""
 
 BASE_FLOW, REFINER_FLOW = FlowSchedule(shift=3.0), FlowSchedule(shift=5.0)
@@ -75,9 +75,9 @@ IMAGE_SIZE = 64
 # --- the autoencoder -------------------------------------------------------------------------------------------------
 
 
-def validation_clips(frames: int, size: int, count: int) -> Tensor:
-    """Held-out photographs, `count 3 T size size`."""
-    held_out = NanoClips("held-out", frames, (size, size), texture_probability=0.0, seed=1)
+def validation_images(count: int) -> Tensor:
+    """Held-out photographs, `count 3 1 128 128`."""
+    held_out = NanoClips("held-out", 1, (LOW, LOW), texture_probability=0.0, seed=1)
     return torch.stack([held_out[i]["video"] for i in range(count)])
 
 
@@ -118,8 +118,66 @@ def moving_worlds(seed: int) -> Alternating:
     return Alternating([TrackedClips(world) for world in worlds])
 
 
+CODE_CHANNELS = 16
+"""Channels of a latent that say where its cell was in frame 0: 2 instants x 2 x 2 places x (row, column)."""
+
+CODE_UNIT, OFFSET_UNIT = 8.0, 32.0
+"""Pixels that 1 stands for in these channels, about their deviation, and in the offsets of the nano preset."""
+
+OFFSET_RATE = 4e-3
+"""Learning rate of the offsets' read-out, a linear map of normalised features: far above that of the convolutions."""
+
+
+def displacement(path: Tensor, instants: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """How far off in frame 0 the content lies, in pixels: `B I R C 2` for path `B T 2 3`.
+
+    Instants are in frames and may lie between two; rows and columns are pixels from the frame's middle.
+    """
+    instants = instants.clamp(min=0)
+    before = instants.floor().long().clamp(max=path.shape[1] - 1)
+    after = (before + 1).clamp(max=path.shape[1] - 1)
+    matrix = torch.lerp(path[:, before], path[:, after], (instants - before)[:, None, None])[:, :, None, None]
+    y, x = rows.view(-1, 1), columns.view(1, -1)
+    column = matrix[..., 0, 0] * x + matrix[..., 0, 1] * y + matrix[..., 0, 2] - x
+    row = matrix[..., 1, 0] * x + matrix[..., 1, 1] * y + matrix[..., 1, 2] - y
+    return torch.stack([row, column], dim=-1)
+
+
+def centres(count: int, size: int) -> Tensor:
+    """The middles of `count` equal parts of `size` pixels, from the frame's middle."""
+    return (torch.arange(count) + 0.5) * (size / count) - size / 2
+
+
+def motion_code(path: Tensor, t: int, height: int, width: int) -> Tensor:
+    """The known camera as the latents' motion channels, `B 16 t h w`: for each latent its first and last frame."""
+    h, w = height // 64, width // 64
+    instants = (4.0 * torch.arange(t)[:, None] - torch.tensor([3.0, 0.0])).flatten()
+    field = displacement(path, instants, centres(2 * h, height), centres(2 * w, width))
+    field = field.view(len(path), t, 2, h, 2, w, 2, 2) / CODE_UNIT  # B t instant h y w x axis
+    return field.permute(0, 2, 4, 6, 7, 1, 3, 5).reshape(len(path), CODE_CHANNELS, t, h, w)
+
+
+def told_latents(model: FSAE, video: Tensor, path: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Latents `B c t h w`, not normalised, of every fourth frame as an image, the motion channels told by the camera.
+
+    A small encoder does not learn to see motion in the clips that a laptop can show it. Here the camera is known, so it
+    is written into the latents, where the decoder reads it and the transformer learns to write it.
+
+    Returns:
+        The latents, and the features of frame 0 at every stage, each `B C h w`.
+    """
+    batch, t = len(video), 1 + (video.shape[2] - 1) // 4
+    images = video[:, :, ::4].transpose(1, 2).flatten(0, 1).unsqueeze(2)
+    features, latents = model.encoder.features(images)
+    latents = latents[:, :, 0].unflatten(0, (batch, t)).transpose(1, 2)
+    code = motion_code(path, t, *video.shape[3:]).to(latents)
+    code = torch.cat([latents[:, :CODE_CHANNELS, :1], code[:, :, 1:]], dim=2)
+    first = [feature[:, :, 0].unflatten(0, (batch, t))[:, 0] for feature in features]
+    return torch.cat([code, latents[:, CODE_CHANNELS:]], dim=1), first
+
+
 class MotionTask(AutoencoderTask):
-    """Reconstruction, and beside it the offsets of the first-frame injection told by the known camera path.
+    """Reconstruct clips from told latents; beside it the offsets of the first-frame injection are told as well.
 
     A cell of the decoder that stands for frames 4j-3 ... 4j looks back at frame 0; its heads are spread over these
     frames, the first one told where the cell was at 4j-3 and the last one where it was at 4j. Batches hold `video` and
@@ -127,61 +185,68 @@ class MotionTask(AutoencoderTask):
 
     Args:
         model: an FSAE with offsets.
-        weight: of the offsets' L1, in the units the offsets are counted in.
-        reconstruct: whether the clip is decoded; without it the outer stages, most of the cost, are left out.
+        weight: of the offsets' L1, in OFFSET_UNITs.
+        validation: items to validate on.
     """
 
-    def __init__(
-        self, model: FSAE, weight: float, *, reconstruct: bool = True, validation: Tensor | None = None
-    ) -> None:
-        super().__init__(model, validation=validation)
-        self.weight, self.reconstruct = weight, reconstruct
-        self.settings = {**self.settings, "offset_weight": weight, "reconstruct": reconstruct}
+    def __init__(self, model: FSAE, weight: float, validation: list[dict[str, Any]]) -> None:
+        super().__init__(model)
+        self.weight, self.clips = weight, validation
+        self.settings = {**self.settings, "offset_weight": weight}
         self.offsets: list[Tensor] = []
         for stage in model.decoder.stages:
             if stage.injection is not None:
                 stage.injection.to_offset.register_forward_hook(lambda _module, _inputs, out: self.offsets.append(out))
 
+    def reconstruct(self, video: Tensor, path: Tensor, generator: torch.Generator) -> Tensor:
+        """The clip from its told latents."""
+        self.offsets.clear()
+        latents, first = told_latents(self.model, video, path)
+        return self.model.decoder(latents, first, generator)
+
     def loss(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """L1 of pixels (if they are decoded) + weight x L1 of offsets; the offsets' error in pixels beside it."""
+        """L1 of pixels + weight x L1 of offsets; the error of the two finest stages' offsets in pixels beside it."""
+        video, path = batch["video"], batch["path"]
+        reconstruction = self.reconstruct(video, path, generator)
+        l1 = l1_loss(reconstruction, video)
+        error = torch.stack([self._offset_error(found, path, *video.shape[3:]) for found in self.offsets])
         self.offsets.clear()
-        if self.reconstruct:
-            terms = super().loss(batch, generator)
-        else:
-            self._inner_stages(batch["video"], generator)
-            terms = {"loss": torch.zeros((), device=batch["video"].device)}
-        error = torch.stack([self._offset_error(found, batch["path"], batch["video"].shape) for found in self.offsets])
-        terms["loss"] = terms["loss"] + self.weight * error.mean()
-        # Both stages of finest cells, which must find the place that they copy from.
-        terms["offset_pixels"] = error.detach()[-2:].mean() * self.model.config.injection_reach
-        self.offsets.clear()
-        return terms
+        return {
+            "loss": l1 + self.weight * error.mean(),
+            "l1": l1,
+            "psnr": psnr(reconstruction.detach().clamp(-1, 1), video).mean(),
+            "offset_pixels": error.detach()[-2:].mean() * OFFSET_UNIT,
+        }
 
-    def _inner_stages(self, video: Tensor, generator: torch.Generator) -> None:
-        """The decoder down to the finest injection."""
-        features, latents = self.model.encoder.features(video)
-        decoder = self.model.decoder
-        x = decoder.conv_in(latents) + latents.repeat_interleave(decoder.copies, dim=1)
-        for s in reversed(range(self.model.config.temporal_stages, len(decoder.stages))):
-            x = decoder.stages[s](x, features[s][:, :, 0], generator)
+    def parameter_groups(self, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+        """The offsets' read-outs apart, at their own rate."""
+        apart = [p for name, p in self.model.named_parameters() if "to_offset" in name]
+        groups = super().parameter_groups(optimizer)
+        for group in groups:
+            group["params"] = [p for p in group["params"] if all(p is not other for other in apart)]
+        return [*groups, {"params": apart, "weight_decay": 0.0, "lr": OFFSET_RATE}]
 
-    def _offset_error(self, found: Tensor, path: Tensor, shape: torch.Size) -> Tensor:
-        """Mean distance of offsets `B t h w 2·heads` to the truth, per axis."""
-        _, _, frames, height, width = shape
-        t, h, w, heads = found.shape[1], found.shape[2], found.shape[3], found.shape[4] // 2
-        share = torch.linspace(0, 1, heads, device=path.device) if heads > 1 else torch.full((1,), 0.5)
-        first = 4 * torch.arange(t, device=path.device)[:, None] - 3
-        at = (first + 3 * share).clamp(min=0)  # (t, heads), in frames; the first latent is frame 0
-        low = at.floor().long().clamp(max=frames - 1)
-        high, part = (low + 1).clamp(max=frames - 1), (at - low)[..., None, None]
-        matrix = torch.lerp(path[:, low], path[:, high], part)[:, :, None, None]  # B t 1 1 heads 2 3
-        y = (torch.arange(h, device=path.device) + 0.5) * (height / h) - height / 2
-        x = (torch.arange(w, device=path.device) + 0.5) * (width / w) - width / 2
-        x, y = x.view(1, 1, 1, w, 1), y.view(1, 1, h, 1, 1)
-        column = matrix[..., 0, 0] * x + matrix[..., 0, 1] * y + matrix[..., 0, 2] - x
-        row = matrix[..., 1, 0] * x + matrix[..., 1, 1] * y + matrix[..., 1, 2] - y
-        truth = torch.stack([row, column], dim=-1) / self.model.config.injection_reach
-        return (found.float().unflatten(-1, (heads, 2)) - truth).abs().mean()
+    @staticmethod
+    def _offset_error(found: Tensor, path: Tensor, height: int, width: int) -> Tensor:
+        """Mean distance of offsets `B t h w 2·heads` to the truth."""
+        _, t, h, w = found.shape[:4]
+        heads = found.shape[4] // 2
+        share = torch.linspace(0, 1, heads) if heads > 1 else torch.full((1,), 0.5)
+        instants = (4 * torch.arange(t)[:, None] - 3 + 3 * share).flatten()
+        truth = displacement(path, instants, centres(h, height), centres(w, width)) / OFFSET_UNIT
+        truth = truth.unflatten(1, (t, heads)).permute(0, 1, 3, 4, 2, 5).flatten(-2)
+        return (found.float() - truth.to(found.device)).abs().mean()
+
+    def validate(self, step: int) -> dict[str, Tensor]:
+        """Mean PSNR of the validation clips; frames of theirs over their reconstructions."""
+        generator = torch.Generator().manual_seed(0)
+        rows, results = [], []
+        for clip in self.clips:
+            video, path = clip["video"].unsqueeze(0), clip["path"].unsqueeze(0)
+            rows.append(video)
+            results.append(self.reconstruct(video, path, generator).float().clamp(-1, 1))
+        given, made = torch.cat(rows), torch.cat(results)
+        return {"psnr": psnr(made, given).mean(), "reconstruction": frame_grid([given, made])}
 
 
 def autoencoder_loop(stage: str, minutes: float, steps: int, batch_size: int, rate: float) -> LoopConfig:
@@ -207,29 +272,21 @@ def images(minutes: float, steps: int) -> None:
     start_small(model)
     inflate(model)
     loop = autoencoder_loop("images", minutes, steps, batch_size=4, rate=1.5e-4)
-    task = AutoencoderTask(model, validation=validation_clips(1, LOW, 32))
+    task = AutoencoderTask(model, validation=validation_images(32))
     result = train(task, NanoClips("train", 1, (LOW, LOW)), loop)
     result.export("autoencoder").save_pretrained(BUILD / "images" / "autoencoder")  # type: ignore[operator]
 
 
-def motion(minutes: float, steps: int) -> None:
-    """The image autoencoder, inflated: encoder and inner decoder learn to pass on what moved where."""
+def videos(minutes: float, steps: int) -> None:
+    """Moving clips: the decoder learns to follow what the latents say, the encoder what to say of each frame."""
     model = FSAE.from_pretrained(BUILD / "images" / "autoencoder").to(memory_format=torch.channels_last_3d)
     inflate(model)
-    loop = replace(autoencoder_loop("motion", minutes, steps, batch_size=1, rate=3e-4), validate_every=0)
-    trained = train(MotionTask(model, 1.0, reconstruct=False), moving_worlds(10), loop).export("autoencoder")
-    trained.save_pretrained(BUILD / "motion" / "autoencoder")  # type: ignore[operator]
-
-
-def videos(minutes: float, steps: int) -> None:
-    """Moving clips, reconstructed, the offsets still told."""
-    model = FSAE.from_pretrained(BUILD / "motion" / "autoencoder").to(memory_format=torch.channels_last_3d)
-    loop = autoencoder_loop("videos", minutes, steps, batch_size=1, rate=2e-4)
-    task = MotionTask(model, 0.5, validation=validation_clips(17, LOW, 8))
-    worlds = moving_worlds(10)
-    trained = train(task, worlds, loop).export("autoencoder")
+    loop = autoencoder_loop("videos", minutes, steps, batch_size=1, rate=1.5e-4)
+    trained = train(MotionTask(model, 0.5, validation_moving()), moving_worlds(10), loop).export("autoencoder")
     assert isinstance(trained, FSAE)
-    mean, std = measure_latent_statistics(trained, worlds.worlds[0], batches=150)
+    # Only the sum of the encoder's temporal taps was trained; a clip's latents are then those of its frames as images.
+    inflate(trained.encoder)
+    mean, std = told_statistics(trained, 100)
     trained.register_to_config(latents_mean=mean, latents_std=std)
     trained.save_pretrained(BUILD / "videos" / "autoencoder")
 
@@ -239,9 +296,29 @@ def decoder(minutes: float, steps: int) -> None:
     model = FSAE.from_pretrained(BUILD / "videos" / "autoencoder").to(memory_format=torch.channels_last_3d)
     model.encoder.requires_grad_(False)
     loop = autoencoder_loop("decoder", minutes, steps, batch_size=1, rate=1.5e-4)
-    task = MotionTask(model, 0.1, validation=validation_clips(17, LOW, 8))
-    trained = train(task, moving_worlds(20), loop).export("autoencoder")
+    trained = train(MotionTask(model, 0.1, validation_moving()), moving_worlds(20), loop).export("autoencoder")
     trained.save_pretrained(BUILD / "decoder" / "autoencoder")  # type: ignore[operator]
+
+
+def validation_moving() -> list[dict[str, Any]]:
+    """Clips of held-out photographs."""
+    held_out = NanoClips("held-out", 17, (LOW, LOW), texture_probability=0.0, seed=1)
+    return [TrackedClips(held_out)[i] for i in range(8)]
+
+
+@torch.no_grad()
+def told_statistics(model: FSAE, count: int) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of told latents, over clips of both sizes."""
+    parts = []
+    for size in (LOW, HIGH):
+        clips = TrackedClips(NanoClips("train", FRAMES, (size, size), seed=40))
+        for index in range(count):
+            clip = clips[index]
+            with torch.autocast("cpu", torch.bfloat16):
+                latents, _ = told_latents(model, clip["video"].unsqueeze(0), clip["path"].unsqueeze(0))
+            parts.append(latents[0].double().flatten(1))
+    values = torch.cat(parts, dim=1)
+    return values.mean(1).tolist(), values.std(1).tolist()
 
 
 # --- clips as latents ------------------------------------------------------------------------------------------------
@@ -292,11 +369,13 @@ def encode_clips(model: FSAE, clips: NanoClips, count: int, *, paired: bool, nam
     for index in tqdm(range(count), desc=f"encoding {name}", unit="clip"):
         plan = clips.plan(index)
         plans.append(described(plan))
-        video = clips.render(plan).unsqueeze(0).contiguous(memory_format=torch.channels_last_3d)
+        video = clips.render(plan).unsqueeze(0)
+        path = camera_path(plan.motion, clips.frames, clips.size).unsqueeze(0)
         with torch.autocast("cpu", torch.bfloat16):
             if paired:
-                kept["high"].append(model.encode(video).half())
-            kept["low"].append(model.encode(halve(video) if paired else video).half())
+                kept["high"].append(model.normalize(told_latents(model, video, path)[0].float()).half())
+                video, path = halve(video), path * torch.tensor([1.0, 1.0, 0.5])
+            kept["low"].append(model.normalize(told_latents(model, video, path)[0].float()).half())
         kept["image"].append(resize_for_clip(video[:, :, 0], IMAGE_SIZE).half())
     save_state({key: torch.cat(values) for key, values in kept.items()}, BUILD / f"{name}.safetensors")
     (BUILD / f"{name}.json").write_text(json.dumps(plans))
@@ -411,7 +490,6 @@ def export(minutes: float, steps: int) -> None:
 
 STAGES: dict[str, tuple[Callable[[float, int], None], int]] = {
     "images": (images, 6000),
-    "motion": (motion, 8000),
     "videos": (videos, 8000),
     "decoder": (decoder, 8000),
     "cache": (cache, BASE_CLIPS),

@@ -83,7 +83,7 @@ def test_starts_as_the_identity_and_local() -> None:
     layer = FirstFrameAttention(32, 32, head_dim=32)
     x, first = torch.randn(1, 32, 3, 8, 8), torch.randn(1, 32, 8, 8)
     assert torch.equal(layer(x, first), x)
-    # With W_o the identity, each position gets (nearly) the value of its own cell; without the large biases it does not.
+    # With W_o the identity, each position gets nearly the value of its own cell; without the large biases it does not.
     torch.nn.init.eye_(layer.to_out.weight)
     own = layer.to_v(layer.norm_context(first).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 

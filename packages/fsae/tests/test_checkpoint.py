@@ -10,12 +10,14 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fsae.checkpoint import StrictModelMixin, load_state, save_state, tensor_shapes
 from fsae.errors import CheckpointError, UserError
+from fsae.model import FSAE
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
@@ -48,6 +50,14 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(tensor, right[key]), key
 
 
+class ToyPipeline(DiffusionPipeline):
+    """diffusers' own saving and loading, of one component."""
+
+    def __init__(self, autoencoder: FSAE) -> None:
+        super().__init__()
+        self.register_modules(autoencoder=autoencoder)
+
+
 def rewrite(folder: Path, change: Any) -> None:
     """Let `change` edit the state of a single-file checkpoint."""
     state = load_file(folder / WEIGHTS)
@@ -55,9 +65,7 @@ def rewrite(folder: Path, change: Any) -> None:
     save_file(state, folder / WEIGHTS)
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{}, SMALL_SHARDS, {"variant": "fp16"}, {"variant": "fp16", **SMALL_SHARDS}]
-)
+@pytest.mark.parametrize("kwargs", [{}, SMALL_SHARDS, {"variant": "fp16"}, {"variant": "fp16", **SMALL_SHARDS}])
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
 def test_round_trip(tmp_path: Path, kwargs: dict[str, Any], low_cpu_mem_usage: bool) -> None:
     toy = saved(tmp_path, **kwargs)
@@ -264,9 +272,7 @@ def test_a_hub_name_is_downloaded_and_checked_alike(tmp_path: Path, monkeypatch:
         raise ConnectionError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(
-        CheckpointError, match=r"no model folder someone/toy, nor could it be had from the Hub"
-    ):
+    with pytest.raises(CheckpointError, match=r"no model folder someone/toy, nor could it be had from the Hub"):
         Toy.from_pretrained("someone/toy")
 
 
@@ -292,3 +298,17 @@ def test_loading_keeps_the_modules_dtype(tmp_path: Path) -> None:
     module = Toy().to(torch.bfloat16)
     load_state(module, tmp_path / "a.safetensors")
     assert module.dtype == torch.bfloat16
+
+
+def test_a_pipeline_of_diffusers_saves_and_loads_our_models(tmp_path: Path) -> None:
+    sizes = {"widths": (8,) * 7, "latent_channels": 8, "attention_head_dim": 8, "injection_head_dim": 8}
+    model = FSAE.from_preset("nano", **sizes)
+    ToyPipeline(model).save_pretrained(tmp_path)
+    loaded = ToyPipeline.from_pretrained(tmp_path).autoencoder
+    assert isinstance(loaded, FSAE)
+    assert_same(loaded, model)
+
+    weights = tmp_path / "autoencoder" / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="cut short"):
+        ToyPipeline.from_pretrained(tmp_path)

@@ -44,9 +44,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("argv", [(), ("greeet",), ("--unknown",)])
-def test_no_or_an_unknown_command_exits_with_2(
-    argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_or_an_unknown_command_exits_with_2(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert front(*argv) == 2
     assert "usage: demo" in capsys.readouterr().err
 

@@ -119,9 +119,7 @@ def test_the_first_frame_of_an_animation(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_image(tmp_path / "a.gif")[0, 0], [255, 0, 0])
 
 
-@pytest.mark.parametrize(
-    ("mode", "value"), [("F", 0.5), ("I", 100_000), ("I", -1)], ids=["float", "wide", "negative"]
-)
+@pytest.mark.parametrize(("mode", "value"), [("F", 0.5), ("I", 100_000), ("I", -1)], ids=["float", "wide", "negative"])
 def test_pixels_without_an_eight_bit_form_are_refused(tmp_path: Path, mode: str, value: float) -> None:
     Image.new(mode, (2, 2), value).save(tmp_path / "a.tif")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="save it with 8 or 16 bits"):
@@ -154,9 +152,7 @@ def test_a_file_cut_short_is_refused(tmp_path: Path, suffix: str, part: float) -
 
 
 @pytest.mark.parametrize("factor", [1.5, 3])
-def test_decompression_bombs_are_refused(
-    tmp_path: Path, factor: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decompression_bombs_are_refused(tmp_path: Path, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     # Pillow warns above its limit and raises above twice the limit: both must end in the same sentence.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     Image.new("RGB", (100, int(10 * factor))).save(tmp_path / "a.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,16 @@ def evit_block(c: int) -> int:
 
 def paper_encoder() -> int:
     widths, depths = (128, 256, 512, 512, 1024, 1024, 2048), (2, 2, 2, 3, 3, 3, 3)
-    blocks = sum(d * (res_block(c) if s < 3 else evit_block(c)) for s, (c, d) in enumerate(zip(widths, depths, strict=True)))
-    down = sum(conv(a, b) for a, b in zip(widths, widths[1:], strict=False))
+    stages = enumerate(zip(widths, depths, strict=True))
+    blocks = sum(d * (res_block(c) if s < 3 else evit_block(c)) for s, (c, d) in stages)
+    down = sum(conv(a, b) for a, b in pairwise(widths))
     return conv(3, 128) + blocks + down + conv(2048, 128)
 
 
 def paper_decoder(outer: tuple[int, int]) -> int:
     widths = (*outer, 512, 512, 1024, 1024, 2048)
     blocks = sum(3 * (res_block(c) if s < 3 else evit_block(c)) for s, c in enumerate(widths))
-    up = sum(conv(b, a) for a, b in zip(widths, widths[1:], strict=False))
+    up = sum(conv(b, a) for a, b in pairwise(widths))
     return conv(128, 2048) + blocks + up + 2 * outer[0] + conv(outer[0], 3)
 
 
@@ -144,7 +146,7 @@ def test_features_of_the_first_frame_are_those_of_the_clip() -> None:
 
 
 class ImageAutoencoder:
-    """The same autoencoder on images `B 3 H W`, written with 2-D functions alone; weights by the names of the video model."""
+    """The same autoencoder on images `B 3 H W`, in 2-D functions alone; weights by the names of the video model."""
 
     def __init__(self, state: dict[str, Tensor], depths: tuple[int, ...]) -> None:
         self.state, self.depths = state, depths
@@ -302,9 +304,7 @@ def test_noise_is_the_generators_and_one_map_for_all_frames() -> None:
     video = model.decode(static)
     torch.testing.assert_close(video, video[:, :, :1].expand_as(video), rtol=0, atol=1e-10)
     silent = tiny("standard", noise=0.0)
-    assert torch.equal(
-        silent.decode(latents), silent.decode(latents, generator=torch.Generator().manual_seed(9))
-    )
+    assert torch.equal(silent.decode(latents), silent.decode(latents, generator=torch.Generator().manual_seed(9)))
 
 
 def test_latents_are_normalised_by_the_configuration() -> None:
@@ -313,7 +313,7 @@ def test_latents_are_normalised_by_the_configuration() -> None:
     video = torch.randn(1, 3, 5, 64, 64, dtype=torch.double)
     raw, normal = plain.encode(video), measured.encode(video)
     shape = (1, 16, 1, 1, 1)
-    want = (raw - torch.tensor(mean, dtype=torch.double).view(shape)) / torch.tensor(std, dtype=torch.double).view(shape)
+    want = (raw - raw.new_tensor(mean).view(shape)) / raw.new_tensor(std).view(shape)
     torch.testing.assert_close(normal, want)
     torch.testing.assert_close(measured.decode(normal), plain.decode(raw))
 

@@ -85,9 +85,7 @@ def test_exactly_the_asked_frames_come(tmp_path: Path, start: int, count: int | 
 @pytest.mark.parametrize("start, count", [(0, 13), (12, None), (12, 1), (40, 2), (-1, 2), (0, 0)])
 def test_frames_beyond_the_end_are_refused(tmp_path: Path, start: int, count: int | None) -> None:
     write_video(tmp_path / "a.mp4", smooth_frames(12), 24)
-    with pytest.raises(
-        UserError, match=rf"has {max(12 - start, 0)} frames from frame {start} on|at least one"
-    ):
+    with pytest.raises(UserError, match=rf"has {max(12 - start, 0)} frames from frame {start} on|at least one"):
         read_video(tmp_path / "a.mp4", start=start, frames=count)
 
 
@@ -127,9 +125,7 @@ def with_rotation(path: Path, matrix: tuple[int, int, int, int]) -> None:
 @pytest.mark.parametrize(
     ("matrix", "clockwise"), [((0, 1, -1, 0), 1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 3), ((1, 0, 0, 1), 0)]
 )
-def test_rotation_metadata_is_honoured(
-    tmp_path: Path, matrix: tuple[int, int, int, int], clockwise: int
-) -> None:
+def test_rotation_metadata_is_honoured(tmp_path: Path, matrix: tuple[int, int, int, int], clockwise: int) -> None:
     stored = np.zeros((1, 32, 64, 3), dtype=np.uint8)
     stored[:, :16, :32] = 200  # the top left quarter is bright
     path = tmp_path / "a.mp4"

@@ -118,14 +118,14 @@ def test_saved_in_pipeline_layout_and_loaded(tmp_path, text: TextEncoder, image:
 
     weights = tmp_path / "image_encoder" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="image_encoder"):
+    with pytest.raises(CheckpointError, match="image_encoder.*cut short"):
         load_encoders(tmp_path, 32)
     from safetensors.torch import load_file, save_file
 
     state = load_file(tmp_path / "text_encoder" / "model.safetensors")
     del state["encoder.block.1.layer.0.SelfAttention.q.weight"]
     save_file(state, tmp_path / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="missing keys, first encoder.block.1"):
+    with pytest.raises(CheckpointError, match="'encoder.block.1.layer.0.SelfAttention.q.weight' is missing"):
         load_encoders(tmp_path, 32)
     with pytest.raises(UserError, match="neither"):
         load_encoders(tmp_path / "absent", 32)

@@ -86,7 +86,7 @@ def test_14b_has_the_papers_size() -> None:
 def test_nano_size() -> None:
     with torch.device("meta"):
         model = FSDiT.from_preset("nano")
-    assert sum(p.numel() for p in model.parameters()) == 5_057_379
+    assert sum(p.numel() for p in model.parameters()) == 4_485_467
     assert model.config.in_channels == 260
 
 

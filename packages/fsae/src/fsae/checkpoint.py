@@ -8,9 +8,9 @@ errors, found from the files' headers before any weight is read. Pickles are nev
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fsae.errors import CheckpointError, UserError
-from fsae.files import atomic_path
+from fsae.files import atomic_path, read_json
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -41,6 +41,11 @@ class StrictModelMixin(ModelMixin, ConfigMixin):
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # A DiffusionPipeline that loads a component looks its base class up, by name, in the component's own module.
+        vars(sys.modules[cls.__module__]).setdefault("ModelMixin", ModelMixin)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
@@ -185,7 +190,7 @@ def _local_folder(path: str | os.PathLike[str], subfolder: str | None, options: 
 
 
 def _check_folder(cls: type[StrictModelMixin], folder: Path, variant: str | None) -> None:
-    config = _read_json(folder / _CONFIG_NAME)
+    config = read_json(folder / _CONFIG_NAME)
     file, found = _folder_shapes(folder, variant)
     if config.get("quantization_config") is not None:
         return
@@ -200,7 +205,7 @@ def _folder_shapes(folder: Path, variant: str | None) -> tuple[Path, dict[str, t
     if not index.is_file():
         single = folder / _with_variant(SAFETENSORS_WEIGHTS_NAME, variant)
         return single, tensor_shapes(single)
-    weight_map: dict[str, str] = _read_json(index).get("weight_map", {})
+    weight_map: dict[str, str] = read_json(index).get("weight_map", {})
     for shard in weight_map.values():
         if Path(shard).name != shard:
             raise CheckpointError(f"{index} names the shard {shard!r}, no plain file name; do not trust it")
@@ -219,20 +224,6 @@ def _with_variant(name: str, variant: str | None) -> str:
     """diffusers' file names: model.fp16.safetensors, model.safetensors.index.fp16.json."""
     stem, suffix = name.rsplit(".", 1)
     return f"{stem}.{variant}.{suffix}" if variant else name
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"there is no {path}; the folder is no model checkpoint or incomplete"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); copy it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object; copy it again")
-    return content
 
 
 def _shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -267,9 +258,7 @@ def _nearest(key: str, names: Any) -> str:
 
 def _move_in(source: Path, target: Path, variant: str | None) -> None:
     """Rename new files into place, the config last, then remove what an earlier save of this variant left."""
-    new = sorted(
-        source.iterdir(), key=lambda path: (path.suffix != ".safetensors", path.name == _CONFIG_NAME)
-    )
+    new = sorted(source.iterdir(), key=lambda path: (path.suffix != ".safetensors", path.name == _CONFIG_NAME))
     for path in new:
         os.replace(path, target / path.name)
     index = _with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)

@@ -55,14 +55,10 @@ def run(
         return _exit_code(stop)
 
 
-def _choose(
-    prog: str, description: str, version: str, commands: Sequence[Command], first: list[str]
-) -> Command:
+def _choose(prog: str, description: str, version: str, commands: Sequence[Command], first: list[str]) -> Command:
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--version", action="version", version=f"{prog} {version}")
-    table = parser.add_subparsers(
-        title="commands", dest="command", metavar="COMMAND", required=True, prog=prog
-    )
+    table = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True, prog=prog)
     for command in commands:
         table.add_parser(command.name, help=command.help, add_help=False)
     parser.epilog = f"'{prog} COMMAND --help' shows a command's options."

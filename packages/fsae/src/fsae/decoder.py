@@ -1,8 +1,8 @@
 """The decoders of FSAE: latents back to video, stages from coarse to fine, each an upsample and then its blocks.
 
-    causal      the encoder's mirror, as it is first trained (paper §2.2.1)
-    standard    non-causal, with first-frame injection and noise (paper §2.2.3, FSAE-Standard)
-    lite        group-causal in groups of 1, 2 and 4 frames, narrower outer stages (paper §2.2.3, FSAE-Lite)
+causal      the encoder's mirror, as it is first trained (paper §2.2.1)
+standard    non-causal, with first-frame injection and noise (paper §2.2.3, FSAE-Standard)
+lite        group-causal in groups of 1, 2 and 4 frames, narrower outer stages (paper §2.2.3, FSAE-Lite)
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Decoder(nn.Module):
         latent_channels: c.
         residual_stages, temporal_stages: as in the encoder.
         kind: how time is seen, see the top of this file.
-        context_widths: the encoder's widths where its first-frame features are injected, else None. They enter every stage that
-            runs at the latents' frame rate, where one frame of the decoder stands for one latent.
+        context_widths: the encoder's widths where its first-frame features are injected, else None. They enter
+            every stage that runs at the latents' frame rate, where one frame of the decoder stands for one latent.
         injection_head_dim: channels a head of the injection.
         injection_window: side of its windows.
         injection_reach: pixels that its offsets are counted in; 0 for none.
@@ -130,9 +130,7 @@ class Decoder(nn.Module):
         self.norm_out = PixelNorm(widths[0], style.eps, style.norm_affine)
         self.conv_out = VideoConv3d(widths[0], 3, time=style.time, group=2**temporal_stages)
 
-    def forward(
-        self, latents: Tensor, first_frame: Sequence[Tensor] | None, generator: torch.Generator
-    ) -> Tensor:
+    def forward(self, latents: Tensor, first_frame: Sequence[Tensor] | None, generator: torch.Generator) -> Tensor:
         """first_frame: the encoder's features of frame 0 at every stage, fine to coarse, each `B C H W`, or None."""
         x = self.conv_in(latents) + latents.repeat_interleave(self.copies, dim=1)
         for s in reversed(range(len(self.stages))):

@@ -1,7 +1,7 @@
-"""The encoder of FSAE (paper §2.2.1): stages from fine to coarse, each its blocks and then a downsample, then 128 latent channels.
+"""The encoder of FSAE (paper §2.2.1): stages from fine to coarse, each its blocks, then a downsample; then 128 channels.
 
-Causal in time from end to end: a latent depends on its own four frames and those before. The features of frame 0 are therefore
-the same whether the image or the whole clip is encoded, and the decoder may use them (paper §2.2.3).
+Causal in time from end to end: a latent depends on its own four frames and those before. The features of frame 0 are
+therefore the same whether the image or the whole clip is encoded, and the decoder may use them (paper §2.2.3).
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ class EncoderStage(nn.Module):
     """The blocks of one resolution, and the step down to the next where there is one."""
 
     def __init__(
-        self, channels: int, depth: int, style: BlockStyle, *, residual: bool, next_channels: int | None, halve_time: bool
+        self,
+        channels: int,
+        depth: int,
+        style: BlockStyle,
+        *,
+        residual: bool,
+        next_channels: int | None,
+        halve_time: bool,
     ) -> None:
         super().__init__()
         block = ResBlock if residual else EViTBlock

@@ -1,15 +1,20 @@
-"""Files appear whole or not at all: written under a temporary name beside their place, then renamed."""
+"""Files appear whole or not at all: written under a temporary name beside their place, then renamed.
+
+And a JSON file of a model's folder is read whole, or named in the error.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from fsae.errors import UserError
+from fsae.errors import CheckpointError, UserError
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:
@@ -62,6 +67,25 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model's folder.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"there is no {path}; the model is incomplete, or the folder is none; copy it again"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); copy it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object; copy it again")
+    return content
 
 
 def _temporary_sibling(target: Path) -> Path:

@@ -1,8 +1,8 @@
-"""From images to video (paper §2.2.1): every temporal kernel starts as a 2-D kernel on the frame at the output's own time.
+"""From images to video (paper §2.2.1): each temporal kernel starts as a 2-D kernel on the frame at its output's time.
 
-On one image the three taps of a kernel see the same frame, so that only their sum matters and training on images teaches just
-that sum. `inflate` moves it to one tap and leaves the others at zero: the function on an image and on a static clip stays what it
-was, exactly, and each frame of a moving clip starts from the image model's view of it.
+On one image the three taps of a kernel see the same frame, so that only their sum matters and training on images
+teaches just that sum. `inflate` moves it to one tap and leaves the others at zero: the function on an image and on a
+static clip stays what it was, exactly, and each frame of a moving clip starts from the image model's view of it.
 """
 
 from __future__ import annotations

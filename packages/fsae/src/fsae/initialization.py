@@ -1,8 +1,9 @@
 """How an FSAE starts when no image autoencoder's weights are at hand.
 
-The blocks have no norm at their entrance: with every branch at full strength the activations of a decoder stage grow to ten times
-their share of the picture, one optimiser step at a usual rate then shifts them all together, the last norm sees one direction, and
-the model stays at each picture's mean colour. Small branches keep every stage near its shortcuts, where training starts at once.
+The blocks have no norm at their entrance: with every branch at full strength the activations of a decoder stage grow to
+ten times their share of the picture, one optimiser step at a usual rate then shifts them all together, the last norm
+sees one direction, and the model stays at each picture's mean colour. Small branches keep every stage near its
+shortcuts, where training starts at once.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ BRANCH_GAIN = 0.1
 def start_small(model: nn.Module) -> None:
     """Set the branches of a freshly built `model` small, in place, and open the first-frame injection.
 
-    Branch norms (where they are affine) start at 0.1, the up-convolutions at zero, and W_o of the injection at unit gain: the
-    reverse of a fine-tuning, whose injection must start as the identity.
+    Branch norms (where they are affine) start at 0.1, the up-convolutions at zero, and W_o of the injection at unit
+    gain: the reverse of a fine-tuning, whose injection must start as the identity.
     """
     for module in model.modules():
         if isinstance(module, (ResBlock, GLUMBConv, LiteMLA)) and module.norm.weight is not None:

@@ -2,8 +2,9 @@
 
     video `B 3 T H W` in [-1, 1], T = 1 + 4k, H and W multiples of 64   <->   latents `B 128 1+k H/64 W/64`
 
-Deterministic, no patchify, no KL. Latents leave `encode` normalised by the statistics in the configuration, one mean and one
-standard deviation a channel, and `decode` takes them so: what the diffusion transformer sees is what `encode` returns.
+Deterministic, no patchify, no KL. Latents leave `encode` normalised by the statistics in the configuration, one mean
+and one standard deviation a channel, and `decode` takes them so: what the diffusion transformer sees is what `encode`
+returns.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from fsae.encoder import Encoder
 from fsae.errors import UserError
 from fsae.layers.blocks import BlockStyle
 from fsae.presets import PRESETS
+from fsae.statistics import latent_statistics
 
 
 class FSAE(StrictModelMixin):
-    """The autoencoder of FSVideo; `FSAE.from_preset("standard")` is the paper's, `"lite"` its fast form, `"nano"` a small one.
+    """The autoencoder of FSVideo; `from_preset("standard")` is the paper's, `"lite"` its fast form, `"nano"` a small
+    one.
 
     Args:
         widths: channels of the stages, fine to coarse; one stage halves h and w on the way to the next.
@@ -32,7 +35,7 @@ class FSAE(StrictModelMixin):
         decoder_depths: blocks of each decoder stage.
         decoder_widths: channels of the decoder's stages, if they are not the encoder's.
         latent_channels: channels of a latent.
-        residual_stages: how many of the finest stages are of residual convolutions, the others being EfficientViT blocks.
+        residual_stages: how many of the finest stages are residual convolutions; the others are EfficientViT blocks.
         temporal_stages: how many of the finest stages change the frame rate, by two each.
         decoder_kind: "causal", "standard" or "lite".
         first_frame_injection: whether the decoder attends to the encoder's features of frame 0.
@@ -108,28 +111,19 @@ class FSAE(StrictModelMixin):
             )
         if height < space or width < space or height % space or width % space:
             raise UserError(
-                f"{width}x{height} pixels cannot be encoded; accepted are multiples of {space}; resize, crop or pad the frames"
+                f"{width}x{height} pixels cannot be encoded; accepted are multiples of {space}; "
+                "resize, crop or pad the frames"
             )
         return self.config.latent_channels, 1 + (frames - 1) // time, height // space, width // space
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents, shaped `1 c 1 1 1`."""
-        mean, std = self.config.latents_mean, self.config.latents_std
-        channels = self.config.latent_channels
-        shape = (1, channels, 1, 1, 1)
-        return (
-            torch.tensor([0.0] * channels if mean is None else mean, device=like.device, dtype=like.dtype).view(shape),
-            torch.tensor([1.0] * channels if std is None else std, device=like.device, dtype=like.dtype).view(shape),
-        )
-
     def normalize(self, latents: Tensor) -> Tensor:
         """The encoder's latents -> zero mean and unit deviation a channel, as measured on the training data."""
-        mean, std = self._statistics(latents)
+        mean, std = latent_statistics(self.config, latents)
         return (latents - mean) / std
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """The inverse of `normalize`."""
-        mean, std = self._statistics(latents)
+        mean, std = latent_statistics(self.config, latents)
         return latents * std + mean
 
     def encode(self, video: Tensor) -> Tensor:
@@ -138,7 +132,7 @@ class FSAE(StrictModelMixin):
         return self.normalize(self.encoder(video))
 
     def first_frame_features(self, first_frame: Tensor) -> list[Tensor]:
-        """The first frame `B 3 1 H W` in [-1, 1] -> the features that `decode` injects, fine to coarse, each `B C h w`."""
+        """First frame `B 3 1 H W` in [-1, 1] -> the features that `decode` injects, fine to coarse, each `B C h w`."""
         self.latent_shape(*first_frame.shape[2:])
         return [feature[:, :, 0] for feature in self.encoder.features(first_frame[:, :, :1])[0]]
 
@@ -152,9 +146,9 @@ class FSAE(StrictModelMixin):
 
         Args:
             latents: as `encode` returns them.
-            first_frame: the clip's first frame `B 3 1 H W` in [-1, 1], or what `first_frame_features` made of it; without it the
-                injection is left out.
-            generator: a CPU generator for the decoder's noise; None is one seeded with 0, so that decoding is a function.
+            first_frame: the clip's first frame `B 3 1 H W` in [-1, 1], or what `first_frame_features` made of it;
+                without it the injection is left out.
+            generator: a CPU generator for the decoder's noise; None is one seeded with 0: decoding is a function.
         """
         features: Sequence[Tensor] | None = None
         if self.config.first_frame_injection and first_frame is not None:
@@ -164,7 +158,7 @@ class FSAE(StrictModelMixin):
         return self.decoder(self.denormalize(latents), features, generator)
 
     def forward(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Video -> its reconstruction, one encoder pass: the features of frame 0 come from the clip itself (it is causal)."""
+        """Video -> its reconstruction, in one encoder pass, which is causal and so gives frame 0's features as well."""
         self.latent_shape(*video.shape[2:])
         kept, latents = self.encoder.features(video)
         features = [feature[:, :, 0] for feature in kept] if self.config.first_frame_injection else None

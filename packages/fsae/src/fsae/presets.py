@@ -16,7 +16,7 @@ STANDARD: dict[str, Any] = {
 
 LITE: dict[str, Any] = STANDARD | {
     "decoder_kind": "lite",
-    # Peak memory is the up-convolution of stage 0, input and output at full resolution: half the channels, half the memory.
+    # Memory peaks in the up-convolution of stage 0, in and out at full resolution: half the channels, half the memory.
     "decoder_widths": (64, 128, 512, 512, 1024, 1024, 2048),
 }
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fsae.errors import CheckpointError, UserError
+from fsae.errors import UserError
+from fsdit.encoders import load_encoder, load_tokenizer
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -218,40 +218,9 @@ def load_encoders(source: str | Path, text_len: int) -> tuple[TextEncoder, Image
         return TextEncoder(nano_text_encoder(), nano_tokenizer(), text_len), ImageEncoder(nano_image_encoder())
     if not Path(source).is_dir():
         raise UserError(f'encoders {str(source)!r} is neither "nano" nor a folder; give one of them')
-    from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
+    from transformers import CLIPVisionModel, UMT5EncoderModel
 
     text = load_encoder(UMT5EncoderModel, Path(source, "text_encoder"))
     image = load_encoder(CLIPVisionModel, Path(source, "image_encoder"))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(Path(source, "tokenizer"), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}/tokenizer cannot be read ({_first_line(error)}); copy it again") from error
+    tokenizer = load_tokenizer(Path(source, "tokenizer"))
     return TextEncoder(text, tokenizer, text_len), ImageEncoder(image)
-
-
-def load_encoder(cls: Any, folder: Path, **options: Any) -> Any:
-    """A transformers model from a folder, strictly: safetensors only, and every key must fit.
-
-    Args:
-        cls: a transformers model class.
-        folder: where ``save_pretrained`` put it.
-        options: for ``from_pretrained``, such as ``dtype``.
-
-    Raises:
-        CheckpointError: the folder is missing, broken, or does not fit the class.
-    """
-    try:
-        model, info = cls.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be read as a {cls.__name__} ({_first_line(error)})") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            first = min(map(str, info[kind]))
-            raise CheckpointError(f"{folder} does not fit {cls.__name__}: {kind.replace('_', ' ')}, first {first}")
-    return model
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

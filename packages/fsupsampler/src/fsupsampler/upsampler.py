@@ -16,9 +16,6 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-
-# Not for us: diffusers looks the base class of a pipeline's component up by name in the component's module.
-from diffusers import ModelMixin  # noqa: F401
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
@@ -26,6 +23,7 @@ from fsae.checkpoint import StrictModelMixin
 from fsae.errors import UserError
 from fsae.layers.conv import VideoConv3d
 from fsae.layers.norm import PixelNorm
+from fsae.statistics import latent_statistics
 from fsupsampler.presets import PRESETS
 
 NormKind = Literal["group", "pixel"]
@@ -121,7 +119,7 @@ class LatentUpsampler(StrictModelMixin):
         """Normalised latents `B C t h w` -> normalised latents `B C t 2h 2w`."""
         if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
             raise ValueError(f"expected B {self.config.latent_channels} t h w, got {tuple(latents.shape)}")
-        mean, std = self._statistics(latents)
+        mean, std = latent_statistics(self.config, latents)
         raw = latents * std + mean
         x = F.silu(self.norm_in(pixel_shuffle(self.conv_in(raw))))
         for block in self.blocks:
@@ -130,12 +128,6 @@ class LatentUpsampler(StrictModelMixin):
             else:
                 x = block(x)
         return (self.conv_out(x) + nearest_upsample(raw) - mean) / std
-
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents, shaped `1 C 1 1 1`."""
-        channels = self.config.latent_channels
-        mean, std = self.config.latents_mean or [0.0] * channels, self.config.latents_std or [1.0] * channels
-        return like.new_tensor(mean).view(1, -1, 1, 1, 1), like.new_tensor(std).view(1, -1, 1, 1, 1)
 
 
 def pixel_shuffle(x: Tensor) -> Tensor:

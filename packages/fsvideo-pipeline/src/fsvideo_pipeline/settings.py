@@ -6,7 +6,6 @@ the request, is known before any weight is read.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fsae.errors import CheckpointError, UserError
+from fsae.files import read_json
 
 MODEL_INDEX = "model_index.json"
 
@@ -82,25 +82,6 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON takes them."""
         return asdict(self)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model folder.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"there is no {path}; the model is incomplete, or the folder is none; copy it again"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); copy it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object; copy it again")
-    return content
 
 
 def read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:

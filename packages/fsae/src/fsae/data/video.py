@@ -171,9 +171,7 @@ def _open(path: str | os.PathLike[str]) -> Iterator[tuple[av.container.InputCont
             stream.thread_type = "AUTO"
             yield container, stream
     except av.FFmpegError as error:
-        raise UserError(
-            f"the video {path} cannot be decoded ({error.strerror}); it is damaged or no video"
-        ) from error
+        raise UserError(f"the video {path} cannot be decoded ({error.strerror}); it is damaged or no video") from error
 
 
 def _frame_rate(stream: av.VideoStream, path: str | os.PathLike[str]) -> float:
@@ -232,9 +230,7 @@ def _chain(first: ArrayLike, rest: Iterator[ArrayLike]) -> Iterator[ArrayLike]:
     yield from rest
 
 
-def _add_stream(
-    container: av.container.OutputContainer, shape: tuple[int, ...], fps: float
-) -> av.VideoStream:
+def _add_stream(container: av.container.OutputContainer, shape: tuple[int, ...], fps: float) -> av.VideoStream:
     rate = Fraction(fps).limit_denominator(1001)
     stream = container.add_stream("libx264", rate=rate, options=_X264)
     stream.height, stream.width = (side + side % 2 for side in shape[:2])
@@ -254,8 +250,6 @@ def _to_frame(picture: ArrayLike, shape: tuple[int, ...], index: int) -> av.Vide
         )
     even = np.pad(array, ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0)), mode="edge")
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
-    converted = frame.reformat(
-        format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-    )
+    converted = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
     converted.pts = index
     return converted

@@ -1,4 +1,4 @@
-"""Attention of FSAE: linear over the pixels of a frame (paper §2.2.1), and on the first frame's features (paper §2.2.3)."""
+"""Attention of FSAE: linear over a frame's pixels (paper §2.2.1), and on the first frame's features (paper §2.2.3)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from fsae.layers.norm import PixelNorm
 class LiteMLA(nn.Module):
     """DC-AE's multi-scale linear attention, over h and w of each frame; x -> norm(attention(x)), no residual.
 
-    Queries, keys and values are taken at two scales, each pixel and its 5x5 neighbourhood, as 2·C/d heads of d; a head's channels
-    are its query, key and value one after the other. With ReLU on queries and keys the softmax becomes a ratio of two sums,
+    Queries, keys and values are taken at two scales, each pixel and its 5x5 neighbourhood, as 2·C/d heads of d; a
+    head's channels are its query, key and value one after the other. With ReLU on queries and keys the softmax becomes
+    a ratio of two sums,
 
         out = (V Kᵀ) Q / ((1 Kᵀ) Q + 1e-15),
 
@@ -63,13 +64,14 @@ class FirstFrameAttention(nn.Module):
 
         x + W_o · Attn(PN(x) W_q, PN(f) W_k, PN(f) W_v)
 
-    Rotary positions on h and w tell a query where it stands, so that copying from the same place is easy: query and key biases
-    start equal and large and the weights small, which makes the attention local from the first step, and W_o starts at zero,
-    which makes the layer the identity. With more than `window`² positions, queries and context are cut into aligned windows.
+    Rotary positions on h and w tell a query where it stands, so that copying from the same place is easy: query and key
+    biases start equal and large and the weights small, which makes the attention local from the first step, and W_o
+    starts at zero, which makes the layer the identity. With more than `window`² positions, queries and context are cut
+    into aligned windows.
 
-    With a `reach` each head of a query also says where to look from: its rotary position is its own cell plus an offset read
-    off its features, at first zero. What moved since frame 0 is then found by two numbers a head in place of a rotation of
-    every pair of channels, which a small model learns from few clips.
+    With a `reach` each head of a query also says where to look from: its rotary position is its own cell plus an offset
+    read off its features, at first zero. What moved since frame 0 is then found by two numbers a head in place of a
+    rotation of every pair of channels, which a small model learns from few clips.
 
     Args:
         channels: channels of the stage, C.
@@ -128,7 +130,7 @@ class FirstFrameAttention(nn.Module):
 
     def forward(self, x: Tensor, first_frame: Tensor) -> Tensor:
         """x `B C T h w`, first_frame `B C' h w` -> x's shape."""
-        frames, height, width = x.shape[2:]
+        height, width = x.shape[3:]
         query_map = self.norm_query(x).permute(0, 2, 3, 4, 1)
         context_map = self.norm_context(first_frame).permute(0, 2, 3, 1)
         side = self.window if height * width > self.window**2 else max(height, width)

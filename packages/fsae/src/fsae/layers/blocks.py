@@ -1,4 +1,4 @@
-"""The two blocks of FSAE (paper §2.2.1): residual convolutions in the outer stages, EfficientViT blocks in the inner ones."""
+"""The two blocks of FSAE (paper §2.2.1): residual convolutions in outer stages, EfficientViT blocks in inner ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class BlockStyle:
 class ResBlock(nn.Module):
     """x + norm(conv2(SiLU(conv1 x))) [+ noise · n], the norm last on the branch as in DC-AE.
 
-    The noise (paper §2.2.3) comes after the norm, where the branch's level is the norm's weight and 0.05 a defined ratio.
+    The noise (paper §2.2.3) comes after the norm, where the branch's level is the norm's weight and 0.05 a defined
+    ratio.
     """
 
     def __init__(self, channels: int, style: BlockStyle) -> None:

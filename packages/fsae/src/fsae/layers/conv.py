@@ -6,8 +6,9 @@ One class holds the three kinds because they share weights: a kernel of three te
     standard       t-1, t, t+1      the Standard decoder: the whole clip is one window
     group_causal   t-1, t, t+1      the Lite decoder: t+1 exists only inside a group of frames, elsewhere it is t again
 
-Missing frames are copies of the nearest frame there is. A kernel whose temporal taps sum to a 2-D kernel is therefore exactly
-that 2-D convolution on one image and on a static clip, which is what makes joint image and video training possible.
+Missing frames are copies of the nearest frame there is. A kernel whose temporal taps sum to a 2-D kernel is therefore
+exactly that 2-D convolution on one image and on a static clip, which is what makes joint image and video training
+possible.
 """
 
 from __future__ import annotations
@@ -108,9 +109,7 @@ class VideoConv3d(nn.Conv3d):
 
     def _one_frame(self, x: Tensor) -> Tensor:
         """All three taps see the one frame: sum them and convolve in 2-D, at a third of the cost."""
-        y = F.conv2d(
-            x[:, :, 0], self.weight.sum(2), self.bias, self.stride[1:], self.padding[1:], groups=self.groups
-        )
+        y = F.conv2d(x[:, :, 0], self.weight.sum(2), self.bias, self.stride[1:], self.padding[1:], groups=self.groups)
         return y.unsqueeze(2)
 
     def _group_causal(self, x: Tensor) -> Tensor:

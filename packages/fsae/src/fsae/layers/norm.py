@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class PixelNorm(nn.Module):
     """Root-mean-square norm over the channels of `B C ...`, with a weight and a bias per channel.
 
-    The epsilon stands inside the root, as in DC-AE, whose weights this norm carries; statistics are at least fp32. Without
-    `affine` it is the plain norm for training from scratch.
+    The epsilon stands inside the root, as in DC-AE, whose weights this norm carries; statistics are at least fp32.
+    Without `affine` it is the plain norm for training from scratch.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5, affine: bool = True) -> None:

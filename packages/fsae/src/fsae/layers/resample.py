@@ -1,9 +1,9 @@
 """Residual down- and upsampling (paper §2.2.1): a strided or interpolating convolution plus a parameter-free shortcut.
 
-The shortcuts are DC-AE's space-to-channel averages and channel-to-space copies. Where a step also halves or doubles time, frames
-pair as (0,0), (1,2), (3,4), ...: the shortcut averages each pair before the spatial part, and copies each frame after it. That is
-a time-space-to-channel shuffle with time as the fastest sub-channel, the order under which an image or a static clip passes
-exactly as through the 2-D autoencoder.
+The shortcuts are DC-AE's space-to-channel averages and channel-to-space copies. Where a step also halves or doubles
+time, frames pair as (0,0), (1,2), (3,4), ...: the shortcut averages each pair before the spatial part, and copies each
+frame after it. That is a time-space-to-channel shuffle with time as the fastest sub-channel, the order under which an
+image or a static clip passes exactly as through the 2-D autoencoder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Downsample(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, halve_time: bool) -> None:
         super().__init__()
         if 4 * in_channels % out_channels:
-            raise ValueError(f"{out_channels} channels do not divide 4 x {in_channels}: the shortcut needs equal groups")
+            raise ValueError(f"{out_channels} channels do not divide 4 x {in_channels}; the shortcut needs it")
         self.halve_time = halve_time
         self.average = 4 * in_channels // out_channels
         self.conv = VideoConv3d(in_channels, out_channels, stride=2, time_stride=2 if halve_time else 1)
@@ -48,7 +48,7 @@ class Upsample(nn.Module):
     ) -> None:
         super().__init__()
         if 4 * out_channels % in_channels:
-            raise ValueError(f"{in_channels} channels do not divide 4 x {out_channels}: the shortcut needs equal copies")
+            raise ValueError(f"{in_channels} channels do not divide 4 x {out_channels}; the shortcut needs it")
         self.double_time = double_time
         self.copies = 4 * out_channels // in_channels
         self.conv = VideoConv3d(in_channels, out_channels, time=time, group=group)

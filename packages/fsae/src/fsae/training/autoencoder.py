@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fsae.data.datasets import VideoFolder
 from fsae.errors import UserError
+from fsae.initialization import start_small
 from fsae.losses.perceptual import PerceptualLoss
 from fsae.losses.reconstruction import l1_loss
 from fsae.metrics import psnr
@@ -155,7 +156,9 @@ def train_autoencoder(config: AutoencoderConfig, dataset: Any = None) -> Path | 
 
 def _model(name: str) -> FSAE:
     if name in FSAE.presets:
-        return FSAE.from_preset(name)
+        model = FSAE.from_preset(name)
+        start_small(model)
+        return model
     if not Path(name).is_dir():
         raise UserError(
             f"model {name!r} is neither a preset ({', '.join(FSAE.presets)}) nor a folder; give one of them"

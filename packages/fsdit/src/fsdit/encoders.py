@@ -1,0 +1,119 @@
+"""Encoders and tokenizers of transformers, loaded strictly: a file that is missing, cut short or foreign is an error
+that names it.
+
+transformers itself would replace missing tensors by random ones and go on. Classes are never imported because a file
+names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from fsae.checkpoint import tensor_shapes
+from fsae.errors import CheckpointError
+from fsae.files import read_json
+
+
+def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Any:
+    """A transformers model, every tensor of it from the files.
+
+    Args:
+        cls: its class.
+        folder: where ``save_pretrained`` put it.
+        dtype: to load it in; None is the files' own.
+        variant: of the files' names, such as "fp16".
+
+    Raises:
+        CheckpointError: config or weights are missing or cut short, or a key is missing, unknown or misshapen.
+    """
+    read_json(folder / "config.json")
+    for file in _weight_files(folder, variant):
+        tensor_shapes(file)
+    try:
+        with _quiet_transformers():
+            model, report = cls.from_pretrained(
+                folder,
+                dtype="auto" if dtype is None else dtype,
+                variant=variant,
+                use_safetensors=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # so that they are reported below, in our words
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be read as a {cls.__name__} ({_first_line(error)}); copy it again"
+        ) from error
+    for kind in ("missing", "unexpected", "mismatched"):
+        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[f"{kind}_keys"])
+        if keys:
+            raise CheckpointError(
+                f"the weights in {folder} do not fit {cls.__name__}: {keys[0]!r} is {kind}, as are "
+                f"{len(keys) - 1} others; give the weights and the config that belong together"
+            )
+    return model.eval()
+
+
+def load_tokenizer(folder: Path, class_name: str | None = None) -> Any:
+    """A transformers tokenizer.
+
+    Args:
+        folder: where ``save_pretrained`` put it.
+        class_name: of the class; None leaves the choice to transformers.
+
+    Raises:
+        CheckpointError: transformers has no tokenizer of that name, or its files are missing or damaged.
+    """
+    import transformers
+
+    cls: Any = transformers.AutoTokenizer
+    if class_name is not None:
+        cls = getattr(transformers, class_name, None)
+        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedTokenizerBase)):
+            raise CheckpointError(
+                f"{folder.parent} names the tokenizer {class_name!r}, which transformers does not have; "
+                "give a model whose tokenizer it has"
+            )
+    read_json(folder / "tokenizer_config.json")
+    try:
+        return cls.from_pretrained(folder, local_files_only=True)
+    # Each tokenizer meets missing and broken vocabularies with exceptions of its own.
+    except Exception as error:
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be read ({_first_line(error)}); copy it again"
+        ) from error
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without its table of keys that do not fit and its progress bars: one sentence says it."""
+    from transformers import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """transformers' file names: one file, or an index and the shards that it names."""
+    middle = f".{variant}" if variant else ""
+    index = folder / f"model.safetensors.index{middle}.json"
+    if not index.is_file():
+        return [folder / f"model{middle}.safetensors"]
+    return [folder / Path(name).name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
