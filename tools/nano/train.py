@@ -186,13 +186,14 @@ class MotionTask(AutoencoderTask):
     Args:
         model: an FSAE with offsets.
         weight: of the offsets' L1, in OFFSET_UNITs.
+        first: of the first frame's L1, beside its share in the clip's: it is the user's photograph.
         validation: items to validate on.
     """
 
-    def __init__(self, model: FSAE, weight: float, validation: list[dict[str, Any]]) -> None:
+    def __init__(self, model: FSAE, weight: float, first: float, validation: list[dict[str, Any]]) -> None:
         super().__init__(model)
-        self.weight, self.clips = weight, validation
-        self.settings = {**self.settings, "offset_weight": weight}
+        self.weight, self.first, self.clips = weight, first, validation
+        self.settings = {**self.settings, "offset_weight": weight, "first_frame_weight": first}
         self.offsets: list[Tensor] = []
         for stage in model.decoder.stages:
             if stage.injection is not None:
@@ -208,12 +209,13 @@ class MotionTask(AutoencoderTask):
         """L1 of pixels + weight x L1 of offsets; the error of the two finest stages' offsets in pixels beside it."""
         video, path = batch["video"], batch["path"]
         reconstruction = self.reconstruct(video, path, generator)
-        l1 = l1_loss(reconstruction, video)
+        l1, first = l1_loss(reconstruction, video), l1_loss(reconstruction[:, :, :1], video[:, :, :1])
         error = torch.stack([self._offset_error(found, path, *video.shape[3:]) for found in self.offsets])
         self.offsets.clear()
         return {
-            "loss": l1 + self.weight * error.mean(),
+            "loss": l1 + self.first * first + self.weight * error.mean(),
             "l1": l1,
+            "first_frame_psnr": psnr(reconstruction[:, :, :1].detach().clamp(-1, 1), video[:, :, :1]).mean(),
             "psnr": psnr(reconstruction.detach().clamp(-1, 1), video).mean(),
             "offset_pixels": error.detach()[-2:].mean() * OFFSET_UNIT,
         }
@@ -246,7 +248,12 @@ class MotionTask(AutoencoderTask):
             rows.append(video)
             results.append(self.reconstruct(video, path, generator).float().clamp(-1, 1))
         given, made = torch.cat(rows), torch.cat(results)
-        return {"psnr": psnr(made, given).mean(), "reconstruction": frame_grid([given, made])}
+        first = psnr(made[:, :, :1], given[:, :, :1]).mean()
+        return {
+            "psnr": psnr(made, given).mean(),
+            "first_frame_psnr": first,
+            "reconstruction": frame_grid([given, made]),
+        }
 
 
 def autoencoder_loop(stage: str, minutes: float, steps: int, batch_size: int, rate: float) -> LoopConfig:
@@ -282,7 +289,7 @@ def videos(minutes: float, steps: int) -> None:
     model = FSAE.from_pretrained(BUILD / "images" / "autoencoder").to(memory_format=torch.channels_last_3d)
     inflate(model)
     loop = autoencoder_loop("videos", minutes, steps, batch_size=1, rate=1.5e-4)
-    trained = train(MotionTask(model, 0.5, validation_moving()), moving_worlds(10), loop).export("autoencoder")
+    trained = train(MotionTask(model, 0.5, 0.0, validation_moving()), moving_worlds(10), loop).export("autoencoder")
     assert isinstance(trained, FSAE)
     # Only the sum of the encoder's temporal taps was trained; a clip's latents are then those of its frames as images.
     inflate(trained.encoder)
@@ -296,7 +303,7 @@ def decoder(minutes: float, steps: int) -> None:
     model = FSAE.from_pretrained(BUILD / "videos" / "autoencoder").to(memory_format=torch.channels_last_3d)
     model.encoder.requires_grad_(False)
     loop = autoencoder_loop("decoder", minutes, steps, batch_size=1, rate=1.5e-4)
-    trained = train(MotionTask(model, 0.1, validation_moving()), moving_worlds(20), loop).export("autoencoder")
+    trained = train(MotionTask(model, 0.3, 0.5, validation_moving()), moving_worlds(20), loop).export("autoencoder")
     trained.save_pretrained(BUILD / "decoder" / "autoencoder")  # type: ignore[operator]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fsae.data.video import write_video
 from fsae.errors import UserError
+from fsae.layers.resample import Upsample
 from fsae.losses.perceptual import PerceptualLoss
 from fsae.metrics import psnr
 from fsae.model import FSAE
@@ -98,7 +99,7 @@ def test_the_loss_is_l1_plus_weighted_lpips(tmp_path: Path) -> None:
 
 
 def test_it_learns(tmp_path: Path, tiny_preset: None) -> None:
-    """L1 of the saved model; the best answer without a look at the picture has 0.8. The control hardly moves."""
+    """L1 of the saved model; the best answer without a look at the picture has 0.8. The control stays at its start."""
     video = torch.stack([Colours()[i]["video"] for i in range(4)])
 
     def error(name: str, rate: float, steps: int) -> float:
@@ -111,8 +112,8 @@ def test_it_learns(tmp_path: Path, tiny_preset: None) -> None:
         with torch.no_grad():
             return (FSAE.from_pretrained(folder)(video) - video).abs().mean().item()
 
-    assert error("trained", 3e-3, 40) < 0.65
-    assert error("control", 1e-9, 5) > 0.79
+    assert error("trained", 1e-3, 30) < 0.2
+    assert error("control", 1e-9, 2) > 0.5
 
 
 @pytest.mark.parametrize("batches", [1, 2, 9])
@@ -173,6 +174,7 @@ def test_options_reach_their_consumers(tmp_path: Path, tiny_preset: None, monkey
     assert clips.source == tmp_path / "data"
     assert task.perceptual_weight == 0.7 and task.perceptual is not None
     assert task.validation.shape == (1, 3, 5, 64, 128)  # three are wanted, there is one
+    assert not any(m.conv.weight.any() for m in task.model.modules() if isinstance(m, Upsample))  # it starts small
     kernels = [p for p in task.model.parameters() if p.ndim == 5 and min(p.shape[:2]) > 1 and p.shape[-1] > 1]
     assert all(p.is_contiguous(memory_format=torch.channels_last_3d) for p in kernels)
 

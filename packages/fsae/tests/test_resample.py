@@ -9,7 +9,7 @@ from fsae.layers.resample import Downsample, Upsample
 
 
 def test_downsample_shortcut_index_by_index() -> None:
-    """Sub-channels run c·8 + 4i + 2j + τ (time fastest), consecutive ones are averaged in groups, frames pair (0,0),(1,2),..."""
+    """Sub-channels run c·8 + 4i + 2j + τ (time fastest), neighbours are averaged, frames pair (0,0),(1,2),..."""
     torch.manual_seed(0)
     down = Downsample(4, 8, halve_time=True)
     x = torch.randn(1, 4, 5, 4, 6, dtype=torch.double)
@@ -56,7 +56,7 @@ def test_sizes_there_and_back(time: str) -> None:
 
 
 def test_channels_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match="5 channels do not divide"):
+    with pytest.raises(ValueError, match="6 channels do not divide"):
         Downsample(4, 6, halve_time=False)
-    with pytest.raises(ValueError, match="do not divide"):
+    with pytest.raises(ValueError, match="6 channels do not divide"):
         Upsample(6, 4, double_time=False, time="causal")

@@ -68,6 +68,20 @@ class StrictModelMixin(ModelMixin, ConfigMixin):
         return cls(**{**cls.presets[name], **overrides})
 
     @classmethod
+    def from_preset_or_folder(cls, model: str, **overrides: Any) -> Self:
+        """What a training's option names: a preset, built with `overrides`, or the folder of a saved model.
+
+        Raises:
+            UserError: it is neither, or as `from_preset` and `from_pretrained`.
+        """
+        if model in cls.presets:
+            return cls.from_preset(model, **overrides)
+        if not Path(model).is_dir():
+            names = ", ".join(cls.presets)
+            raise UserError(f"model {model!r} is neither a preset ({names}) nor a folder; give one of them")
+        return cls.from_pretrained(model)
+
+    @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],

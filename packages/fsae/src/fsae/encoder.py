@@ -1,4 +1,4 @@
-"""The encoder of FSAE (paper §2.2.1): stages from fine to coarse, each its blocks, then a downsample; then 128 channels.
+"""The encoder of FSAE (paper §2.2.1): stages, fine to coarse, each its blocks, then a downsample; 128 channels last.
 
 Causal in time from end to end: a latent depends on its own four frames and those before. The features of frame 0 are
 therefore the same whether the image or the whole clip is encoded, and the decoder may use them (paper §2.2.3).

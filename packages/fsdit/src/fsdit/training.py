@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -13,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from fsae import FSAE
-from fsae.data.datasets import VideoFolder
 from fsae.errors import UserError
 from fsae.training.autoencoder import frame_grid
 from fsae.training.config import OptimizerConfig
 from fsae.training.loop import Task, TrainingResult, train
+from fsae.training.runs import finished, read_samples, save_parts
 from fsdit.conditioning import (
     Context,
     ImageEncoder,
@@ -175,20 +171,10 @@ def train_transformer(config: TransformerConfig, dataset: Any = None, validation
     text_encoder, image_encoder = load_encoders(config.encoders, transformer.config.text_len)
     autoencoder = FSAE.from_pretrained(config.autoencoder).requires_grad_(False)
     autoencoder.latent_shape(config.frames, config.height, config.width)
-    clips = _clips(config, config.data) if dataset is None else dataset
-    if validation is None:
-        validation = clips if config.validation_data is None else _clips(config, config.validation_data)
-    held_out = None
-    if loop.validate_every:
-        number = min(config.validation_samples, len(validation))
-        held_out = default_collate([validation[i] for i in range(number)])
+    clips, validation, held_out = read_samples(config, dataset, validation)
     task = FlowMatchingTask(transformer, text_encoder, image_encoder, config, autoencoder, held_out)
     result = train(task, clips, loop)
-    for source in {id(d): d for d in (clips, validation)}.values():
-        if isinstance(source, VideoFolder) and source.skipped:
-            print(source.summary(), file=sys.stderr)
-    if result.stopped == "signal":
-        print(f"stopped at step {result.step} of {loop.max_steps}; run again to go on", file=sys.stderr)
+    if not finished(result, loop.max_steps, clips, validation):
         return []
     return _save(result, text_encoder)
 
@@ -198,34 +184,14 @@ def _save(result: TrainingResult, text_encoder: TextEncoder) -> list[Path]:
     parts: dict[str, Any] = {name: result.export(name) for name in result.modules}
     if "text_encoder" in parts:
         parts["tokenizer"] = text_encoder.tokenizer
-    folders = [result.output_dir / name for name in parts]
-    if result.is_main_process:
-        for folder, part in zip(folders, parts.values(), strict=True):
-            temporary = folder.with_name(f".{folder.name}.partial")
-            shutil.rmtree(temporary, ignore_errors=True)
-            part.save_pretrained(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-    return folders
+    return save_parts(result, parts)
 
 
 def _transformer(config: TransformerConfig) -> FSDiT:
-    if config.model in FSDiT.presets:
-        transformer = FSDiT.from_preset(config.model)
-    elif Path(config.model).is_dir():
-        transformer = FSDiT.from_pretrained(config.model)
-    else:
-        raise UserError(
-            f"model {config.model!r} is neither a preset ({', '.join(FSDiT.presets)}) nor a folder; give one of them"
-        )
+    transformer = FSDiT.from_preset_or_folder(config.model)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     return transformer
-
-
-def _clips(config: TransformerConfig, source: str) -> VideoFolder:
-    size = (config.height, config.width)
-    return VideoFolder(source, config.frames, size, stride=config.stride, seed=config.loop.seed)
 
 
 def _check_widths(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,16 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
-from torch.utils.data import default_collate
 
 from fsae import FSAE
 from fsae.checkpoint import StrictModelMixin
-from fsae.data.datasets import VideoFolder
 from fsae.errors import UserError
 from fsae.losses.perceptual import PerceptualLoss
 from fsae.losses.reconstruction import l1_loss
 from fsae.training.autoencoder import frame_grid
-from fsae.training.loop import Task, TrainingResult, train
+from fsae.training.loop import Task, train
+from fsae.training.runs import finished, read_samples, save_parts
 from fsdit.conditioning import Condition, ImageEncoder, TextEncoder, first_frame_condition, load_encoders
 from fsdit.model import FSDiT
 from fsdit.training import FlowMatchingTask
@@ -219,12 +217,12 @@ def train_upsampler(config: UpsamplerConfig, dataset: Any = None, validation: An
     statistics = {name: autoencoder.config[name] for name in ("latent_channels", "latents_mean", "latents_std")}
     upsampler = _model(LatentUpsampler, config.model, config.gradient_checkpointing, statistics)
     perceptual = PerceptualLoss.from_files(*config.perceptual_weights) if config.perceptual_weights else None
-    clips, held_out, batch = _data(config, dataset, validation)
+    clips, held_out, batch = read_samples(config, dataset, validation)
     task = UpsamplerTask(upsampler, config.loss, autoencoder, perceptual, batch)
     result = train(task, clips, config.loop)
-    if not _finished(result, config, clips, held_out):
+    if not finished(result, config.loop.max_steps, clips, held_out):
         return []
-    return _save(result, {"upsampler": result.export("upsampler")})
+    return save_parts(result, {"upsampler": result.export("upsampler")})
 
 
 def train_refiner(config: RefinerConfig, dataset: Any = None, validation: Any = None) -> list[Path]:
@@ -245,12 +243,12 @@ def train_refiner(config: RefinerConfig, dataset: Any = None, validation: Any = 
     text_encoder, image_encoder = load_encoders(config.encoders, refiner.config.text_len)
     upsampler = LatentUpsampler.from_pretrained(config.upsampler).requires_grad_(False)
     base = None if config.base is None else FSDiT.from_pretrained(config.base).requires_grad_(False)
-    clips, held_out, batch = _data(config, dataset, validation)
+    clips, held_out, batch = read_samples(config, dataset, validation)
     task = RefinerTask(refiner, text_encoder, image_encoder, upsampler, config, autoencoder, base, batch)
     result = train(task, clips, config.loop)
-    if not _finished(result, config, clips, held_out):
+    if not finished(result, config.loop.max_steps, clips, held_out):
         return []
-    return _save(result, {"refiner": result.export("transformer"), "dynamic_mask": task.mask.frozen()})
+    return save_parts(result, {"refiner": result.export("transformer"), "dynamic_mask": task.mask.frozen()})
 
 
 def _autoencoder(config: UpsamplerConfig | RefinerConfig) -> FSAE:
@@ -268,51 +266,10 @@ def _autoencoder(config: UpsamplerConfig | RefinerConfig) -> FSAE:
 
 def _model(cls: Any, name: str, gradient_checkpointing: bool, options: Mapping[str, Any] | None = None) -> Any:
     """A model of a preset, with ``options``, or of a folder."""
-    if name in cls.presets:
-        model = cls.from_preset(name, **(options or {}))
-    elif Path(name).is_dir():
-        model = cls.from_pretrained(name)
-    else:
-        raise UserError(f"model {name!r} is neither a preset ({', '.join(cls.presets)}) nor a folder; give one of them")
+    model = cls.from_preset_or_folder(name, **(options or {}))
     if gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model
-
-
-def _data(config: UpsamplerConfig | RefinerConfig, dataset: Any, validation: Any) -> tuple[Any, Any, Any]:
-    """Training samples, held-out samples, and the batch of these to validate on, if the run validates."""
-
-    def clips(source: str) -> VideoFolder:
-        size = (config.height, config.width)
-        return VideoFolder(source, config.frames, size, stride=config.stride, seed=config.loop.seed)
-
-    samples = clips(config.data) if dataset is None else dataset
-    if validation is None:
-        validation = samples if config.validation_data is None else clips(config.validation_data)
-    if not config.loop.validate_every:
-        return samples, validation, None
-    count = min(config.validation_samples, len(validation))
-    return samples, validation, default_collate([validation[i] for i in range(count)])
-
-
-def _finished(result: TrainingResult, config: UpsamplerConfig | RefinerConfig, *sources: Any) -> bool:
-    """Say what was skipped, and whether the run ended by itself."""
-    for source in {id(s): s for s in sources}.values():
-        if isinstance(source, VideoFolder) and source.skipped:
-            print(source.summary(), file=sys.stderr)
-    if result.stopped == "signal":
-        print(f"stopped at step {result.step} of {config.loop.max_steps}; run again to go on", file=sys.stderr)
-        return False
-    return True
-
-
-def _save(result: TrainingResult, parts: Mapping[str, Any]) -> list[Path]:
-    """Write the parts as folders of a pipeline."""
-    folders = [result.output_dir / name for name in parts]
-    if result.is_main_process:
-        for folder, part in zip(folders, parts.values(), strict=True):
-            part.save_pretrained(folder)
-    return folders
 
 
 def _public(model: StrictModelMixin) -> dict[str, Any]:

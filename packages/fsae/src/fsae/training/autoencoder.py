@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsae.data.datasets import VideoFolder
-from fsae.errors import UserError
 from fsae.initialization import start_small
 from fsae.losses.perceptual import PerceptualLoss
 from fsae.losses.reconstruction import l1_loss
@@ -19,6 +16,7 @@ from fsae.metrics import psnr
 from fsae.model import FSAE
 from fsae.training.config import AutoencoderConfig
 from fsae.training.loop import Task, train
+from fsae.training.runs import finished, read_samples, save_parts
 
 
 class AutoencoderTask(Task):
@@ -129,43 +127,21 @@ def train_autoencoder(config: AutoencoderConfig, dataset: Any = None) -> Path | 
     model.latent_shape(config.frames, config.height, config.width)
     if config.channels_last:
         model.to(memory_format=torch.channels_last_3d)
-    clips = _clips(config, config.data) if dataset is None else dataset
-    held_out = clips if config.validation_data is None else _clips(config, config.validation_data)
+    clips, held_out, batch = read_samples(config, dataset)
     perceptual = PerceptualLoss.from_files(*config.perceptual_weights) if config.perceptual_weights else None
-    validation = None
-    if loop.validate_every:
-        number = min(config.validation_samples, len(held_out))
-        validation = torch.stack([held_out[i]["video"] for i in range(number)])
-    task = AutoencoderTask(model, perceptual, config.perceptual_weight, validation)
+    task = AutoencoderTask(model, perceptual, config.perceptual_weight, None if batch is None else batch["video"])
     result = train(task, clips, loop)
-    for source in {id(d): d for d in (clips, held_out)}.values():
-        if isinstance(source, VideoFolder) and source.skipped:
-            print(source.summary(), file=sys.stderr)
-    if result.stopped == "signal":
-        print(f"stopped at step {result.step} of {loop.max_steps}; run again to go on", file=sys.stderr)
+    if not finished(result, loop.max_steps, clips, held_out):
         return None
     trained = result.export("autoencoder")
     assert isinstance(trained, FSAE)
     mean, std = measure_latent_statistics(trained, clips, config.statistics_batches, loop.batch_size)
     trained.register_to_config(latents_mean=mean, latents_std=std)
-    folder = result.output_dir / "autoencoder"
-    if result.is_main_process:
-        trained.save_pretrained(folder)
-    return folder
+    return save_parts(result, {"autoencoder": trained})[0]
 
 
 def _model(name: str) -> FSAE:
+    model = FSAE.from_preset_or_folder(name)
     if name in FSAE.presets:
-        model = FSAE.from_preset(name)
         start_small(model)
-        return model
-    if not Path(name).is_dir():
-        raise UserError(
-            f"model {name!r} is neither a preset ({', '.join(FSAE.presets)}) nor a folder; give one of them"
-        )
-    return FSAE.from_pretrained(name)
-
-
-def _clips(config: AutoencoderConfig, source: str) -> VideoFolder:
-    size = (config.height, config.width)
-    return VideoFolder(source, config.frames, size, stride=config.stride, seed=config.loop.seed)
+    return model

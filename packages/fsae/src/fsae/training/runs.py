@@ -1,0 +1,84 @@
+"""How a run starts and ends, whatever it trains: its samples from its configuration, its models into folders."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.utils.data import default_collate
+
+from fsae.data.datasets import VideoFolder
+from fsae.training.config import LoopConfig
+from fsae.training.loop import TrainingResult
+
+
+class ClipSettings(Protocol):
+    """What the configurations of all trainings say about their clips."""
+
+    @property
+    def data(self) -> str: ...
+    @property
+    def loop(self) -> LoopConfig: ...
+    @property
+    def frames(self) -> int: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def stride(self) -> int: ...
+    @property
+    def validation_data(self) -> str | None: ...
+    @property
+    def validation_samples(self) -> int: ...
+
+
+def read_samples(config: ClipSettings, dataset: Any = None, validation: Any = None) -> tuple[Any, Any, Any]:
+    """The samples to train on, those held out, and the batch of these to validate on, None if the run never does.
+
+    A dataset that is given stands for the ``VideoFolder`` that ``config`` describes; without held-out samples the first
+    training samples are validated on.
+    """
+
+    def clips(source: str) -> VideoFolder:
+        size = (config.height, config.width)
+        return VideoFolder(source, config.frames, size, stride=config.stride, seed=config.loop.seed)
+
+    samples = clips(config.data) if dataset is None else dataset
+    if validation is None:
+        validation = samples if config.validation_data is None else clips(config.validation_data)
+    if not config.loop.validate_every:
+        return samples, validation, None
+    count = min(config.validation_samples, len(validation))
+    return samples, validation, default_collate([validation[i] for i in range(count)])
+
+
+def finished(result: TrainingResult, max_steps: int, *sources: Any) -> bool:
+    """Say what was skipped in reading the sources; whether the run came to its end, and if not, how to go on."""
+    for source in {id(s): s for s in sources}.values():
+        if isinstance(source, VideoFolder) and source.skipped:
+            print(source.summary(), file=sys.stderr)
+    if result.stopped == "signal":
+        print(f"stopped at step {result.step} of {max_steps}; run again to go on", file=sys.stderr)
+        return False
+    return True
+
+
+def save_parts(result: TrainingResult, parts: Mapping[str, Any]) -> list[Path]:
+    """Write parts of a pipeline, each by its ``save_pretrained``, as folders of diffusers' layout in the run's folder.
+
+    A folder appears whole, in place of that of an earlier run; only the main process writes.
+    """
+    folders = [result.output_dir / name for name in parts]
+    if result.is_main_process:
+        for folder, part in zip(folders, parts.values(), strict=True):
+            temporary = folder.with_name(f".{folder.name}.partial")
+            shutil.rmtree(temporary, ignore_errors=True)
+            part.save_pretrained(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+    return folders
