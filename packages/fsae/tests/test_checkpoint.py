@@ -312,3 +312,10 @@ def test_a_pipeline_of_diffusers_saves_and_loads_our_models(tmp_path: Path) -> N
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="cut short"):
         ToyPipeline.from_pretrained(tmp_path)
+
+
+def test_a_saved_config_does_not_say_where_its_model_was_loaded_from(tmp_path: Path) -> None:
+    saved(tmp_path / "first")
+    Toy.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    assert str(tmp_path) not in (tmp_path / "second" / "config.json").read_text()
+    Toy.from_pretrained(tmp_path / "second")

@@ -8,6 +8,7 @@ errors, found from the files' headers before any weight is read. Pickles are nev
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import sys
@@ -102,6 +103,12 @@ class StrictModelMixin(ModelMixin, ConfigMixin):
         _check_folder(cls, folder / (subfolder or ""), kwargs.get("variant"))
         kwargs["use_safetensors"] = True
         return super().from_pretrained(folder, subfolder=subfolder, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The configuration as its file holds it: without the place it was loaded from, which is nobody else's."""
+        values = json.loads(super().to_json_string())
+        values.pop("_name_or_path", None)
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(
         self,
