@@ -25,7 +25,8 @@ from fsae.training.autoencoder import (
     measure_latent_statistics,
     train_autoencoder,
 )
-from fsae.training.config import AutoencoderConfig, LoopConfig, OptimizerConfig
+from fsae.training.config import LoopConfig, OptimizerConfig
+from fsae.training.stages import AutoencoderConfig
 
 SIZES: dict[str, Any] = {
     "widths": (8,) * 7,

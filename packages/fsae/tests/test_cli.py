@@ -22,7 +22,7 @@ from fsae.data.video import read_video, to_video_tensor, write_video
 from fsae.errors import UserError
 from fsae.model import FSAE
 from fsae.training import autoencoder
-from fsae.training.config import AutoencoderConfig
+from fsae.training.stages import AutoencoderConfig
 
 
 @pytest.fixture(scope="module")

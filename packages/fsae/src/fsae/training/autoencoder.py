@@ -14,9 +14,9 @@ from fsae.losses.perceptual import PerceptualLoss
 from fsae.losses.reconstruction import l1_loss
 from fsae.metrics import psnr
 from fsae.model import FSAE
-from fsae.training.config import AutoencoderConfig
 from fsae.training.loop import Task, train
 from fsae.training.runs import finished, read_samples, save_parts
+from fsae.training.stages import AutoencoderConfig
 
 
 class AutoencoderTask(Task):

@@ -29,10 +29,10 @@ class OptimizerConfig:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a number above 0")
-        _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "a number of at least 0")
-        _require(self.eps > 0, "optimizer.eps", self.eps, "a number above 0")
+        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a number above 0")
+        require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "a number of at least 0")
+        require(self.eps > 0, "optimizer.eps", self.eps, "a number above 0")
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class ScheduleConfig:
     min_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.kind in ("cosine", "constant"), "schedule.kind", self.kind, '"cosine" or "constant"')
-        _require(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "0 or more")
-        _require(0 <= self.min_ratio <= 1, "schedule.min_ratio", self.min_ratio, "a number in [0, 1]")
+        require(self.kind in ("cosine", "constant"), "schedule.kind", self.kind, '"cosine" or "constant"')
+        require(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "0 or more")
+        require(0 <= self.min_ratio <= 1, "schedule.min_ratio", self.min_ratio, "a number in [0, 1]")
 
     def factor(self, step: int, max_steps: int) -> float:
         """Share of the peak learning rate for the update that follows ``step`` finished ones.
@@ -114,7 +114,7 @@ class LoopConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        _require(bool(self.output_dir), "output_dir", self.output_dir, "a folder's path")
+        require(bool(self.output_dir), "output_dir", self.output_dir, "a folder's path")
         for name in (
             "max_steps",
             "batch_size",
@@ -122,12 +122,12 @@ class LoopConfig:
             "log_every",
             "keep_checkpoints",
         ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("max_grad_norm", "seed", "max_minutes", "validate_every", "save_every", "num_workers"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "a number in [0, 1)")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "a number in [0, 1)")
         precisions = ("no", "bf16", "fp16")
-        _require(self.mixed_precision in precisions, "mixed_precision", self.mixed_precision, "no, bf16 or fp16")
+        require(self.mixed_precision in precisions, "mixed_precision", self.mixed_precision, "no, bf16 or fp16")
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that decide the weights: a checkpoint made under others cannot be continued.
@@ -145,49 +145,6 @@ class LoopConfig:
         return settings
 
 
-@dataclass(frozen=True)
-class AutoencoderConfig:
-    """Training of FSAE on one's own videos or images (paper §2.2.2, the losses of stage 1).
-
-    Attributes:
-        data: Folder of videos and images, or a .jsonl or .csv list with the column path.
-        loop: The run.
-        model: A preset's name, or the folder of a saved FSAE to go on from.
-        frames: Frames of a clip, 1 + 4k; 1 trains on images.
-        height: Clips are resized and cropped to this height, a multiple of 64.
-        width: Likewise.
-        stride: Take every stride-th frame of a file.
-        perceptual_weights: Files (.safetensors or .pth) that together hold the trunk (AlexNet or VGG16) and
-            the linear heads of LPIPS; without them the loss is L1 alone.
-        perceptual_weight: Weight of LPIPS beside L1.
-        validation_data: Folder or list of held-out clips to validate on; without it, the first training
-            clips.
-        validation_samples: Clips to validate on.
-        statistics_batches: Batches of training clips from which the latents' mean and deviation are measured
-            in the end.
-        channels_last: Keep convolutions in channels-last layout, about twice as fast.
-    """
-
-    data: str
-    loop: LoopConfig
-    model: str = "nano"
-    frames: int = 17
-    height: int = 256
-    width: int = 256
-    stride: int = 1
-    perceptual_weights: list[str] = field(default_factory=list)
-    perceptual_weight: float = 0.1
-    validation_data: str | None = None
-    validation_samples: int = 4
-    statistics_batches: int = 32
-    channels_last: bool = True
-
-    def __post_init__(self) -> None:
-        _require(self.perceptual_weight >= 0, "perceptual_weight", self.perceptual_weight, "0 or more")
-        for name in ("validation_samples", "statistics_batches"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-
-
 _HARMLESS = (
     "output_dir",
     "max_minutes",
@@ -201,6 +158,7 @@ _HARMLESS = (
 )
 
 
-def _require(condition: bool, name: str, value: object, accepted: str) -> None:
+def require(condition: bool, name: str, value: object, accepted: str) -> None:
+    """Refuse a setting with a sentence."""
     if not condition:
         raise UserError(f"{name} is {value!r}; it must be {accepted}")

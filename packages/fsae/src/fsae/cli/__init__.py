@@ -1,0 +1,17 @@
+"""The ``fsae`` command line, a file a command. Nothing here imports torch until a command has read its arguments."""
+
+from __future__ import annotations
+
+import fsae
+from fsae.commandline import Command, run
+
+COMMANDS = (
+    Command("train", "train an autoencoder on a folder of videos and images", "fsae.cli.train:main"),
+    Command("encode", "turn a video or an image into latents", "fsae.cli.encode:main"),
+    Command("decode", "turn latents back into a video or an image", "fsae.cli.decode:main"),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``fsae``; returns its exit code."""
+    return run("fsae", "FSAE, the video autoencoder of FSVideo.", fsae.__version__, COMMANDS, argv)
