@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -92,7 +93,7 @@ def scenes(video: Video, path: Path) -> Iterator[tuple[int, torch.Tensor]]:
     """Number and frames uint8 `T H W 3` of each scene. The file is decoded to its end: some state a wrong count."""
     frames = read_video(path, size=(SIDE, SIDE))[0]
     edges = (0, *video.cuts, len(frames))
-    for number, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for number, (start, end) in enumerate(pairwise(edges)):
         yield number, frames[start:end]
 
 
