@@ -66,6 +66,90 @@ _TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
+# Beside whole sentences, sentences put together from parts: a model that has read "the shot tilts up" and "the view
+# gently moves up" has a reason to read words and not sentences.
+_SUBJECTS = (
+    "the camera", "camera", "the view", "the shot", "the frame", "the lens", "the viewpoint", "the whole view",
+    "the picture's frame", "the footage", "the image",
+)  # fmt: skip
+_ADVERBS = ("", "", "slowly", "gently", "smoothly", "steadily", "gradually", "calmly", "quietly", "softly")
+_ADJECTIVES = ("", "slow", "gentle", "smooth", "steady", "gradual", "calm", "soft", "quiet", "long")
+_SIDEWAYS = ("{side}", "{side}", "to the {side}", "toward the {side}", "over to the {side}", "{side}ward")
+_VERTICALLY = ("{side}", "{side}", "{side}ward", "further {side}", "straight {side}")
+_PANS, _TILTS = ("pan", "move", "slide", "shift", "travel", "drift", "turn", "swing"), ("tilt", "pan", "move", "look")
+_VERBS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what is done, and how it goes on
+    "pan left": (_PANS, _SIDEWAYS),
+    "pan right": (_PANS, _SIDEWAYS),
+    "pan up": (_TILTS, _VERTICALLY),
+    "pan down": (_TILTS, _VERTICALLY),
+    "zoom in": (
+        ("zoom", "push", "move", "dolly", "close", "go"),
+        ("in", "in", "in on the scene", "inward", "in closer", "in on the middle"),
+    ),
+    "zoom out": (
+        ("zoom", "pull", "move", "dolly", "draw", "go"),
+        ("out", "out", "out of the scene", "outward", "out wider", "out and further off"),
+    ),
+    "roll": (
+        ("roll", "rotate", "turn", "spin", "twist"),
+        ("{turn}", "{turn}", "in a {turn} direction", "around {turn}"),
+    ),
+    "still": (
+        ("stay", "hold", "rest", "sit", "stand"),
+        ("still", "in place", "fixed", "quite still", "put", "motionless"),
+    ),
+}  # fmt: skip
+_RESTS = (
+    "{subject} does not move", "{subject} is not moving", "{subject} never moves", "no movement of {subject}",
+    "{subject} is static", "{subject} is fixed", "{subject} is motionless", "nothing happens to {subject}",
+    "{subject} keeps its place", "{subject} without any motion", "there is no motion", "there is no camera motion",
+    "no pan, no zoom, no roll", "{subject} does not pan or zoom", "without movement", "an entirely static view",
+)  # fmt: skip
+
+
+def _composed(rng: np.random.Generator, kind: str) -> str:
+    """A sentence of parts, unfilled; never one that is held out."""
+    while True:
+        sentence = _sentence(rng, kind)
+        if not any(held_out in sentence for held_out in _HELD_OUT[kind]):
+            return sentence
+
+
+def _sentence(rng: np.random.Generator, kind: str) -> str:
+
+    def one(words: tuple[str, ...]) -> str:
+        return words[int(rng.integers(len(words)))]
+
+    verbs, courses = _VERBS[kind]
+    subject, adverb, adjective, verb, course = one(_SUBJECTS), one(_ADVERBS), one(_ADJECTIVES), one(verbs), one(courses)
+    form = int(rng.integers(5))
+    if kind == "still" and rng.random() < 0.5:
+        sentence = one(_RESTS).replace("{subject}", subject)
+    elif form == 0:
+        sentence = f"{subject} {adverb} {_third_person(verb)} {course}"
+    elif form == 1:
+        sentence = f"{subject} {_third_person(verb)} {course} {adverb}"
+    elif form == 2:
+        sentence = f"{adverb} {_gerund(verb)} {course}"
+    elif form == 3:
+        sentence = f"{verb} {subject if subject != 'camera' else 'the camera'} {course}"
+    else:
+        sentence = f"a {adjective} {verb} {course}"
+    return " ".join(sentence.split())
+
+
+def _third_person(verb: str) -> str:
+    if verb.endswith("ly"):
+        return verb[:-1] + "ies"
+    return verb + ("es" if verb.endswith(("sh", "o")) else "s")
+
+
+def _gerund(verb: str) -> str:
+    if verb in ("pan", "spin", "sit"):
+        verb += verb[-1]
+    return (verb[:-1] if verb.endswith("e") else verb) + "ing"
+
+
 _HELD_OUT_PAN = (
     "the camera sweeps {side}", "the camera glides gently to the {side}", "our view pans over to the {side}",
     "slowly panning the shot toward the {side}", "camera motion: pan {side}",
@@ -134,7 +218,10 @@ def caption(
     and case and final full stop vary, as people's prompts do.
     """
     wordings = templates(kind, held_out)
-    text = fill(wordings[int(rng.integers(len(wordings)))], kind, direction)
+    template = wordings[int(rng.integers(len(wordings)))]
+    if not held_out and rng.random() < 0.6:
+        template = _composed(rng, kind)
+    text = fill(template, kind, direction)
     if sprite and kind == "still":
         # "nothing moves" would be untrue beside a moving sprite.
         text = ("the camera is still", "static camera", "a fixed camera")[int(rng.integers(3))]
