@@ -184,7 +184,9 @@ def test_validation_and_statistics_options(tmp_path: Path, tiny_preset: None, mo
     asked: list[Any] = []
     measure = autoencoder.measure_latent_statistics
     monkeypatch.setattr(
-        autoencoder, "measure_latent_statistics", lambda *given: asked.extend(given[2:]) or measure(*given)
+        autoencoder,
+        "measure_latent_statistics",
+        lambda *given, **shown: asked.extend(given[2:]) or measure(*given, **shown),
     )
     options = {"validate_every": 2, "validation_samples": 3, "statistics_batches": 1, "channels_last": False}
     train_autoencoder(configuration(tmp_path, tmp_path, model="tiny", **options), Colours())

@@ -319,3 +319,10 @@ def test_a_saved_config_does_not_say_where_its_model_was_loaded_from(tmp_path: P
     Toy.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
     assert str(tmp_path) not in (tmp_path / "second" / "config.json").read_text()
     Toy.from_pretrained(tmp_path / "second")
+
+
+def test_saved_weights_can_be_read_by_whoever_reads_the_folder(tmp_path: Path) -> None:
+    Toy().save_pretrained(tmp_path / "a")
+    (tmp_path / "other").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "a").iterdir()}
+    assert modes == {(tmp_path / "other").stat().st_mode}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,15 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from fsae import evaluation, transcoding
 from fsae.cli import main
+from fsae.cli.options import parse_bytes
 from fsae.data.datasets import cover
 from fsae.data.image import load_image
-from fsae.data.latents import load_latents, save_latents
+from fsae.data.latents import SavedLatents, load_latents, save_latents
 from fsae.data.video import read_video, to_video_tensor, write_video
 from fsae.errors import UserError
+from fsae.evaluation import EvalSettings
 from fsae.model import FSAE
 from fsae.training import autoencoder
 from fsae.training.stages import AutoencoderConfig
@@ -34,18 +38,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["encode", "--help"], ["decode", "--help"]])
+HELP = {
+    "--help": "encode",
+    "train": "--loop.ema_decay",
+    "encode": "--frames",
+    "decode": "--first-frame",
+    "eval": "--dimension-of",
+}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in HELP if name != "--help")])
 def test_help_needs_no_torch(arguments: list[str]) -> None:
     code = f"import sys; from fsae.cli import main; sys.exit(main({arguments}) or 'torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert shown.returncode == 0, shown.stderr
-    expected = {
-        "train": "--loop.ema_decay",
-        "encode": "--model",
-        "decode": "--first-frame",
-        "--help": "encode",
-    }
-    assert expected[arguments[0]] in shown.stdout
+    assert HELP[arguments[0]] in shown.stdout
 
 
 def test_training_options_come_from_yaml_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,11 +129,12 @@ def test_a_video_through_encode_and_decode(tmp_path: Path, model: Path, capsys: 
 
     fsae = FSAE.from_pretrained(model).eval()
     frames, _ = read_video(tmp_path / "in.mp4", frames=5, size=(64, 64))
-    latents, fps = load_latents(latents_path)
+    saved = load_latents(latents_path)
     with torch.no_grad():
         expected = fsae.encode(to_video_tensor(frames)[None])[0]
-    assert fps == 12 and latents.shape == (8, 2, 1, 1)
-    torch.testing.assert_close(latents, expected)
+    assert saved.fps == 12 and saved.latents.shape == (8, 2, 1, 1)
+    torch.testing.assert_close(saved.latents, expected)
+    assert saved.first_frame is not None and torch.equal(saved.first_frame, frames[0])
 
     first = ["--first-frame", str(tmp_path / "first.png")]
     assert main(["decode", latents_path, "-o", out, "--model", str(model), "--device", "cpu", *first]) == 0
@@ -136,6 +144,133 @@ def test_a_video_through_encode_and_decode(tmp_path: Path, model: Path, capsys: 
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".mp4", ".mp4", ".png", ".safetensors"]
 
 
+def test_options_of_encode_and_decode_reach_the_work(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first frame: that of the latents unless another is given; and --frames, --memory and --device."""
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "white.png")
+    stored = torch.zeros(64, 64, 3, dtype=torch.uint8)
+    save_latents(tmp_path / "with.safetensors", torch.zeros(8, 2, 1, 1), 8, stored)
+    save_latents(tmp_path / "without.safetensors", torch.zeros(8, 2, 1, 1), 8)
+    given: list[Any] = []
+
+    def decode(model: FSAE, saved: SavedLatents, output: str, first: torch.Tensor | None, memory: int | None) -> int:
+        given[:] = [model.device.type, saved.latents.shape, None if first is None else first.mean().item(), memory]
+        return 5
+
+    def encode(model: FSAE, path: str, output: str, frames: int | None, memory: int | None) -> SavedLatents:
+        given[:] = [model.device.type, path, output, frames, memory]
+        return SavedLatents(torch.zeros(8, 2, 1, 1), 8)
+
+    monkeypatch.setattr(transcoding, "decode_file", decode)
+    monkeypatch.setattr(transcoding, "encode_file", encode)
+    monkeypatch.chdir(tmp_path)
+    to = ["-o", "out.mp4", "--model", str(model), "--device", "cpu"]
+    white = ["--first-frame", "white.png", "--memory", "1.5GiB"]
+    assert main(["decode", "with.safetensors", *to]) == 0 and given == ["cpu", (8, 2, 1, 1), -1.0, None]
+    assert main(["decode", "with.safetensors", *to, *white]) == 0 and given[2:] == [1.0, 3 * 2**29]
+    assert main(["decode", "without.safetensors", *to]) == 0 and given[2:] == [None, None]
+    to = ["-o", "out.safetensors", "--model", str(model), "--device", "cpu"]
+    assert main(["encode", "in.mp4", *to]) == 0 and given == ["cpu", "in.mp4", "out.safetensors", None, None]
+    assert main(["encode", "in.mp4", *to, "--frames", "9", "--memory", "4GB"]) == 0 and given[3:] == [9, 4 * 10**9]
+
+
+def test_decode_refuses_what_does_not_belong_to_the_model(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "in.png")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"widths": (8,) * 7, "latent_channels": 8, "attention_head_dim": 8}
+    other = FSAE.from_preset("nano", **sizes, first_frame_injection=False, decoder_kind="lite")
+    encoder = FSAE.from_pretrained(model).encoder.state_dict()
+    other.save_pretrained(tmp_path / "stranger")
+    other.encoder.load_state_dict(encoder)
+    other.save_pretrained(tmp_path / "sibling")
+    latents, out = str(tmp_path / "z.safetensors"), str(tmp_path / "out.png")
+    assert main(["encode", str(tmp_path / "in.png"), "-o", latents, "--model", str(model)]) == 0
+    with torch.no_grad():
+        other.encoder.conv_in.weight += 0.1
+    other.save_pretrained(tmp_path / "stranger")
+    # A decoder of another kind that was trained on the same encoder is welcome.
+    assert main(["decode", latents, "-o", out, "--model", str(tmp_path / "sibling")]) == 0
+    first = ["--first-frame", str(tmp_path / "in.png")]
+    capsys.readouterr()
+    assert main(["decode", latents, "-o", out, "--model", str(tmp_path / "stranger")]) == 2
+    assert "was made by another encoder than this model's" in capsys.readouterr().err
+    assert main(["decode", latents, "-o", out, "--model", str(tmp_path / "sibling"), *first]) == 2
+    assert "takes no first frame; leave --first-frame out" in capsys.readouterr().err
+    assert main(["decode", latents, "-o", out, "--model", str(model), "--memory", "1KB"]) == 2
+    assert "memory is 1000 bytes" in capsys.readouterr().err
+
+
+def test_options_of_eval_reach_their_settings(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: list[Any] = []
+
+    def measure(fsae: FSAE, settings: EvalSettings, folder: str) -> dict[str, Any]:
+        given[:] = [fsae.device.type, settings, folder]
+        Path(folder).mkdir(exist_ok=True)
+        (Path(folder) / "table.md").write_text("| the table |\n")
+        return {"skipped": [f"{n}.mp4" for n in range(12)]}
+
+    monkeypatch.setattr(evaluation, "evaluate", measure)
+    out = ["-o", str(tmp_path / "out"), "--model", str(model)]
+    assert main(["eval", "clips", *out]) == 0
+    assert given[1:] == [EvalSettings("clips"), str(tmp_path / "out")]
+    printed = capsys.readouterr().out
+    assert (
+        "| the table |" in printed
+        and "skipped 0.mp4, 1.mp4" in printed
+        and "and 2 more" in printed
+        and str(tmp_path / "out") in printed
+    )
+    flags = "--frames 5 --height 128 --width 192 --stride 2 --samples 7 --batch-size 3 --seed 9 --lpips a.pth b.pth"
+    more = "--fvd i3d.pt --memory 600MiB --dimension-of clip --device cpu"
+    assert main(["eval", "clips", *out, *flags.split(), *more.split()]) == 0
+    assert given[:2] == [
+        "cpu",
+        EvalSettings(
+            data="clips",
+            frames=5,
+            height=128,
+            width=192,
+            stride=2,
+            samples=7,
+            batch_size=3,
+            seed=9,
+            lpips=("a.pth", "b.pth"),
+            fvd="i3d.pt",
+            memory=600 * 2**20,
+            dimension_of="clip",
+        ),
+    ]
+
+
+def test_eval_from_end_to_end(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 70, 3), np.uint8)).save(tmp_path / "a.png")
+    size = ["--frames", "1", "--height", "64", "--width", "64"]
+    out = ["-o", str(tmp_path / "out"), "--model", str(model)]
+    assert main(["eval", str(tmp_path), *out, *size]) == 0
+    assert "| PSNR (dB) |" in capsys.readouterr().out
+    assert main(["eval", str(tmp_path), *out, *size]) == 2
+    assert "is not empty; give a new folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("4GB", 4 * 10**9), ("600 MiB", 600 * 2**20), ("1.5g", 1_500_000_000), ("123", 123), ("2kib", 2048)],
+)
+def test_amounts_of_memory(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "4 apples", "1e9", "4GGB"])
+def test_what_is_no_amount_of_memory(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="no amount of memory; give one such as 4GB"):
+        parse_bytes(text)
+
+
 def test_an_image_through_encode_and_decode(tmp_path: Path, model: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 90, 3), np.uint8)).save(tmp_path / "in.png")
     latents_path, out, injected = (str(tmp_path / n) for n in ("z.safetensors", "out.png", "injected.png"))
@@ -143,10 +278,12 @@ def test_an_image_through_encode_and_decode(tmp_path: Path, model: Path) -> None
     options = [latents_path, "--model", str(model)]
     assert main(["decode", *options, "-o", out]) == 0
     assert main(["decode", *options, "-o", injected, "--first-frame", str(tmp_path / "in.png")]) == 0
+    np.testing.assert_array_equal(load_image(injected), load_image(out))  # the one that came with the latents
     image = torch.from_numpy(cover(load_image(tmp_path / "in.png"), (64, 64)))
     fsae = FSAE.from_pretrained(model).eval()
     with torch.no_grad():
-        expected = fsae.decode(fsae.encode(to_video_tensor(image[None])[None]))[0, :, 0]
+        video = to_video_tensor(image[None])[None]
+        expected = fsae.decode(fsae.encode(video), video)[0, :, 0]
     pixels = ((expected.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).numpy()
     np.testing.assert_allclose(np.asarray(Image.open(out), dtype=float), pixels, atol=1)
     assert load_image(injected).shape == (64, 64, 3)
@@ -173,6 +310,13 @@ def test_bad_input_ends_in_a_sentence_and_leaves_nothing(
         (["encode", "image.png", "-o", "none/out.safetensors", *good], "there is no folder"),
         (["encode", "image.png", *out, "--model", "none"], "there is no model folder none"),
         (["encode", "image.png", *out, *good, "--device", "abacus"], "abacus cannot be used"),
+        (["encode", "image.png", *out, *good, "--frames", "0"], "'0' is no number from 1 on"),
+        (["encode", "image.png", *out, *good, "--memory", "much"], "'much' is no amount of memory"),
+        (["encode", "image.png", *out, *good, "--memory", "1KB"], "memory is 1000 bytes"),
+        (["eval", "none", "-o", "out", *good], "neither a folder nor"),
+        (["eval", ".", "-o", "out", *good, "--frames", "2"], "2 frames cannot be encoded"),
+        (["eval", ".", "-o", "out", *good, "--lpips", "none.pth"], "none.pth does not exist"),
+        (["eval", ".", "-o", "out", *good, "--samples", "0"], "'0' is no number from 1 on"),
         (["decode", "none.safetensors", *mp4, *good], "there is no file none.safetensors"),
         (["decode", "other.safetensors", *mp4, *good], "holds no latents"),
         (["decode", "wide.safetensors", *mp4, *good], "have 9 channels, the model 8"),
@@ -193,6 +337,9 @@ def test_bad_input_ends_in_a_sentence_and_leaves_nothing(
     with pytest.raises(UserError, match="c t h w is wanted"):
         save_latents(tmp_path / "flat.safetensors", torch.zeros(8), 8)
         load_latents(tmp_path / "flat.safetensors")
+    with pytest.raises(UserError, match="H W 3 of bytes is wanted"):
+        save_latents(tmp_path / "flat.safetensors", torch.zeros(8, 1, 1, 1), 8, torch.zeros(3, 3))
+        load_latents(tmp_path / "flat.safetensors")
 
 
 def test_train_then_encode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,4 +358,4 @@ def test_train_then_encode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert main(["train", "--data", str(tmp_path), "--model", "tiny", *size, *loop]) == 0
     saved = ["--model", str(tmp_path / "run" / "autoencoder")]
     assert main(["encode", str(tmp_path / "in.png"), "-o", str(tmp_path / "z.safetensors"), *saved]) == 0
-    assert load_latents(tmp_path / "z.safetensors")[0].shape == (8, 1, 1, 1)
+    assert load_latents(tmp_path / "z.safetensors").latents.shape == (8, 1, 1, 1)

@@ -84,3 +84,16 @@ def test_a_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 def test_checking_leaves_nothing_and_returns_the_place(tmp_path: Path) -> None:
     assert check_writable(tmp_path / "a.mp4") == (tmp_path / "a.mp4").resolve()
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_a_file_gets_the_permissions_of_any_new_file(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic_path(tmp_path / "result.txt") as temporary:
+            temporary.touch(mode=0o600)
+        (tmp_path / "other.txt").touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "result.txt").stat().st_mode == (tmp_path / "other.txt").stat().st_mode
+    assert sorted(os.listdir(tmp_path)) == ["other.txt", "result.txt"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fsae import FSAE
-from fsae.initialization import start_small
+from fsae.initialization import start_innermost_as_shortcuts, start_small
 
 
 @torch.no_grad()
@@ -30,3 +30,33 @@ def test_activations_stay_small_and_the_first_frame_is_seen() -> None:
     assert small < 3 < plain
     assert blind == 0
     assert seeing > 0.1
+
+
+@torch.no_grad()
+def test_the_innermost_stage_starts_as_shortcuts_and_can_learn() -> None:
+    torch.manual_seed(0)
+    model = FSAE(
+        widths=(4, 4, 8, 32, 32, 32, 64),
+        encoder_depths=(1,) * 7,
+        decoder_depths=(1,) * 7,
+        latent_channels=16,
+        decoder_kind="causal",
+        first_frame_injection=False,
+    )
+    outer = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    start_innermost_as_shortcuts(model)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, outer[name])}
+    inner = ("encoder.stages.6.", "encoder.stages.5.down.", "decoder.stages.6.", "decoder.stages.5.up.")
+    assert changed and all(name.startswith(inner) for name in changed)
+    x = torch.randn(1, 64, 2, 2, 2)
+    for stack in (model.encoder, model.decoder):
+        assert torch.equal(stack.stages[6].blocks[0](x), x)
+    below = torch.randn(1, 32, 2, 4, 4)
+    torch.testing.assert_close(model.encoder.stages[5].down(below), model.encoder.stages[5].down.shortcut(below))
+    torch.testing.assert_close(model.decoder.stages[5].up(x), model.decoder.stages[5].up.shortcut(x))
+    with torch.enable_grad():
+        model(torch.randn(1, 3, 5, 64, 64)).square().mean().backward()
+    for name in ("encoder.stages.6.blocks.0.local.norm.weight", "encoder.stages.5.down.conv.weight"):
+        assert model.get_parameter(name).grad.abs().max() > 0
+    for name in ("decoder.stages.6.blocks.0.attention.norm.weight", "decoder.stages.5.up.conv.weight"):
+        assert model.get_parameter(name).grad.abs().max() > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fsae.errors import CheckpointError, UserError
-from fsae.losses.perceptual import PerceptualLoss
+from fsae.losses.perceptual import PerceptualLoss, temporal_slices
 from fsae.losses.reconstruction import l1_loss
 
 ALEXNET = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
@@ -185,3 +186,49 @@ def test_unusable_lpips_weights_are_refused(tmp_path: Path, alexnet: dict[str, T
 def test_l1() -> None:
     x, y = images(2, 3, 1, 4, 5)
     assert l1_loss(x, y).item() == pytest.approx(np.abs(x.double().numpy() - y.double().numpy()).mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 0])
+def test_temporal_slices_change_neither_value_nor_gradient(alexnet: dict[str, Tensor], frames: int) -> None:
+    loss = PerceptualLoss(alexnet).double()
+    x, y = (video.double() for video in images(1, 3, 5, 64, 64))
+    whole, sliced = x.clone().requires_grad_(), x.clone().requires_grad_()
+    (3 * loss(whole, y)).backward()
+    value = temporal_slices(loss, sliced, y, frames)
+    torch.testing.assert_close(value, loss(x, y), rtol=1e-12, atol=0)
+    (3 * value).backward()
+    assert whole.grad is not None and sliced.grad is not None
+    torch.testing.assert_close(sliced.grad, whole.grad, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(temporal_slices(loss, x, y, frames), value.detach())  # without a gradient
+
+
+def held(run: Callable[[], Tensor]) -> int:
+    """The bytes that the graph of ``run`` keeps for its backward pass."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = run()
+    assert value.requires_grad
+    return sum(kept.values())
+
+
+def test_temporal_slices_hold_one_slice_at_a_time(alexnet: dict[str, Tensor]) -> None:
+    loss, seen = PerceptualLoss(alexnet), []
+    x, y = images(1, 3, 6, 64, 64)
+    x.requires_grad_()
+
+    def counted(a: Tensor, b: Tensor) -> Tensor:
+        seen.append((a.shape[2], held(lambda: loss(a, b))))
+        return loss(a, b)
+
+    whole = held(lambda: loss(x, y))
+    temporal_slices(counted, x, y, 4).backward()
+    assert [frames for frames, _ in seen] == [4, 2]
+    trunk = sum(p.numel() for p in loss.parameters()) * 4
+    assert seen[1][1] - trunk < 0.4 * (whole - trunk)
+    slope = torch.autograd.grad(temporal_slices(loss, x, y, 2), x, retain_graph=True)
+    assert slope[0].shape == x.shape

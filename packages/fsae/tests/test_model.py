@@ -136,10 +136,35 @@ def test_features_of_the_first_frame_are_those_of_the_clip() -> None:
     model = tiny("standard")
     video = torch.randn(1, 3, 9, 64, 64, dtype=torch.double)
     whole = [feature[:, :, 0] for feature in model.encoder.features(video)[0]]
-    for a, b in zip(model.first_frame_features(video[:, :, :1]), whole, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    features = model.first_frame_features(video[:, :, :1])
+    assert [feature is None for feature in features] == [True] * 2 + [False] * 5
+    for got, want in zip(features[2:], whole[2:], strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     latents = model.encode(video)
     torch.testing.assert_close(model(video), model.decode(latents, video[:, :, :1]), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_are_the_same_with_checkpointing(training: bool) -> None:
+    model = tiny("standard").train(training)
+    video = torch.randn(1, 3, 5, 64, 64, dtype=torch.double)
+    saved: list[int] = []
+
+    def gradients() -> list[Tensor]:
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):  # type: ignore[func-returns-value]
+            loss = model(video).square().mean()
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    want, plain = gradients(), sum(saved)
+    model.enable_gradient_checkpointing()
+    got, checkpointed = gradients(), sum(saved)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert checkpointed < 0.5 * plain
+    model.disable_gradient_checkpointing()
+    gradients()
+    assert sum(saved) == plain
 
 
 # --- the 2-D autoencoder inside ----------------------------------------------------------------------------------

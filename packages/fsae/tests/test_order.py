@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from torch.utils.data import DataLoader
 
-from fsae.training.order import DataOrder, EpochItems, MicroBatches, derived_generator, derived_seed
+from fsae.training.order import DataOrder, EpochItems, MicroBatches, derived_generator, derived_seed, order_of
 
 
 def stream(order: DataOrder, steps: int) -> list[tuple[int, int]]:
@@ -33,9 +34,9 @@ def test_a_late_start_continues_the_same_stream() -> None:
     def order() -> DataOrder:
         return DataOrder(length=5, seed=1, batch_size=3, accumulation=2)
 
-    everything = list(MicroBatches(order(), 0, 9))
-    assert list(MicroBatches(order(), 4, 9)) == everything[8:]
-    assert len(MicroBatches(order(), 4, 9)) == 10
+    everything = list(MicroBatches(order(), 2, 0, 9))
+    assert list(MicroBatches(order(), 2, 4, 9)) == everything[8:]
+    assert len(MicroBatches(order(), 2, 4, 9)) == 10
     assert order().position(4) == (4, 4)  # 24 samples: four epochs of five and four
 
 
@@ -56,3 +57,40 @@ def test_datasets_that_know_epochs_are_told(epoch: int) -> None:
 
     assert EpochItems(Fresh())[2, epoch] == (2, epoch)
     assert EpochItems([5, 6, 7])[2, epoch] == 7
+
+
+class Shelves:
+    """Samples of two kinds, never mixed in a batch; the kind is part of a sample's key."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def sample(self, index: int, epoch: int, kind: str) -> str:
+        return f"{kind}{index}.{epoch}"
+
+    def order(self, seed: int, batch_size: int, accumulation: int, processes: int, rank: int) -> ShelfOrder:
+        return ShelfOrder((seed, batch_size, accumulation, processes, rank))
+
+
+class ShelfOrder:
+    def __init__(self, cut: tuple[int, ...]) -> None:
+        self.cut = cut
+
+    def position(self, step: int) -> tuple[int, int]:
+        return step // 4, step % 4
+
+    def micro_batch(self, step: int, micro: int) -> list[tuple[int, int, str]]:
+        kind = "ab"[(step + micro) % 2]
+        return [(index, step // 4, kind) for index in range(2 if kind == "a" else 3)]
+
+
+def test_a_dataset_may_bring_its_own_order() -> None:
+    order = order_of(Shelves(), 5, 2, 3, 4, 1)
+    assert isinstance(order, ShelfOrder) and order.cut == (5, 2, 3, 4, 1)
+    assert order_of([0] * 7, 5, 2, 3, 4, 1) == DataOrder(7, 5, 2, 3, 4, 1)
+    loader = DataLoader(EpochItems(Shelves()), batch_sampler=MicroBatches(order, 3, 3, 5), collate_fn=list)
+    a, b = [["a0", "a1"], ["b0", "b1", "b2"]]
+    expected = [
+        [f"{name}.{epoch}" for name in names] for epoch, row in ((0, [b, a, b]), (1, [a, b, a])) for names in row
+    ]
+    assert list(loader) == expected

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fsae.errors import CheckpointError, UserError
-from fsae.files import atomic_path, read_json
+from fsae.files import atomic_path, read_json, usual_mode
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -57,14 +57,14 @@ class StrictModelMixin(ModelMixin, ConfigMixin):
         """
         if name not in cls.presets:
             raise UserError(
-                f"{cls.__name__} has no preset {name!r}{_nearest(name, cls.presets)}; "
+                f"{cls.__name__} has no preset {name!r}{nearest(name, cls.presets)}; "
                 f"choose one of {', '.join(cls.presets)}"
             )
         known = cls._get_init_keys(cls)
         for key in overrides:
             if key not in known:
                 raise UserError(
-                    f"{cls.__name__} has no option {key!r}{_nearest(key, known)}; leave it out or correct it"
+                    f"{cls.__name__} has no option {key!r}{nearest(key, known)}; leave it out or correct it"
                 )
         return cls(**{**cls.presets[name], **overrides})
 
@@ -99,7 +99,7 @@ class StrictModelMixin(ModelMixin, ConfigMixin):
             CheckpointError: a file is missing or cut short, or a key is missing, unknown or misshapen; the
                 first one is named with its nearest match.
         """
-        folder = _local_folder(pretrained_model_name_or_path, subfolder, kwargs)
+        folder = local_folder(pretrained_model_name_or_path, subfolder, kwargs)
         _check_folder(cls, folder / (subfolder or ""), kwargs.get("variant"))
         kwargs["use_safetensors"] = True
         return super().from_pretrained(folder, subfolder=subfolder, **kwargs)
@@ -146,9 +146,13 @@ def load_state(module: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: the file is missing or cut short, or a key is missing, unknown or misshapen.
     """
-    expected = _shapes_of(module)
-    _check_fit(expected, tensor_shapes(path), type(module).__name__, Path(path))
-    module.load_state_dict(load_file(path), strict=True)
+    module.load_state_dict(read_state(module, path), strict=True)
+
+
+def read_state(module: nn.Module, path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, which must be exactly those of `module`; errors as `load_state`."""
+    check_fit(_shapes_of(module), tensor_shapes(path), type(module).__name__, Path(path))
+    return load_file(path)
 
 
 def save_state(state: nn.Module | Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
@@ -188,7 +192,7 @@ def tensor_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
         ) from None
 
 
-def _local_folder(path: str | os.PathLike[str], subfolder: str | None, options: Mapping[str, Any]) -> Path:
+def local_folder(path: str | os.PathLike[str], subfolder: str | None, options: Mapping[str, Any]) -> Path:
     """The folder itself, or the Hub repository of that name, downloaded; only what a load needs."""
     if os.path.isdir(path):
         return Path(path)
@@ -212,15 +216,15 @@ def _local_folder(path: str | os.PathLike[str], subfolder: str | None, options: 
 
 def _check_folder(cls: type[StrictModelMixin], folder: Path, variant: str | None) -> None:
     config = read_json(folder / _CONFIG_NAME)
-    file, found = _folder_shapes(folder, variant)
+    file, found = folder_shapes(folder, variant)
     if config.get("quantization_config") is not None:
         return
     with init_empty_weights():
         expected = _shapes_of(cls.from_config(config))
-    _check_fit(expected, found, cls.__name__, file)
+    check_fit(expected, found, cls.__name__, file)
 
 
-def _folder_shapes(folder: Path, variant: str | None) -> tuple[Path, dict[str, tuple[int, ...]]]:
+def folder_shapes(folder: Path, variant: str | None) -> tuple[Path, dict[str, tuple[int, ...]]]:
     """The file that leads to the weights, and all names and shapes; every shard is looked at."""
     index = folder / _with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
     if not index.is_file():
@@ -251,7 +255,7 @@ def _shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def _check_fit(expected: Shapes, found: Shapes, model: str, file: Path) -> None:
+def check_fit(expected: Shapes, found: Shapes, model: str, file: str | os.PathLike[str]) -> None:
     """Raise for the first key, in the model's order, that is missing, misshapen, or unknown."""
     missing = [key for key in expected if key not in found]
     unknown = [key for key in found if key not in expected]
@@ -259,9 +263,9 @@ def _check_fit(expected: Shapes, found: Shapes, model: str, file: Path) -> None:
     if not (missing or unknown or misshapen):
         return
     if missing:
-        problem = f"lacks {missing[0]!r}{_nearest(missing[0], unknown or found)}"
+        problem = f"lacks {missing[0]!r}{nearest(missing[0], unknown or found)}"
     elif unknown:
-        problem = f"holds {unknown[0]!r}, which the model does not know{_nearest(unknown[0], expected)}"
+        problem = f"holds {unknown[0]!r}, which the model does not know{nearest(unknown[0], expected)}"
     else:
         key = misshapen[0]
         problem = f"holds {key!r} as {list(found[key])}, where the model has {list(expected[key])}"
@@ -272,7 +276,8 @@ def _check_fit(expected: Shapes, found: Shapes, model: str, file: Path) -> None:
     )
 
 
-def _nearest(key: str, names: Any) -> str:
+def nearest(key: str, names: Any) -> str:
+    """The name that `key` may have meant, in brackets for an error's text; empty where there are no names."""
     close = difflib.get_close_matches(key, list(names), n=1, cutoff=0.0)
     return f" (nearest: {close[0]!r})" if close else ""
 
@@ -280,7 +285,9 @@ def _nearest(key: str, names: Any) -> str:
 def _move_in(source: Path, target: Path, variant: str | None) -> None:
     """Rename new files into place, the config last, then remove what an earlier save of this variant left."""
     new = sorted(source.iterdir(), key=lambda path: (path.suffix != ".safetensors", path.name == _CONFIG_NAME))
+    mode = usual_mode(target)
     for path in new:
+        path.chmod(mode)
         os.replace(path, target / path.name)
     index = _with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
     stem, suffix = _with_variant(SAFETENSORS_WEIGHTS_NAME, variant).rsplit(".", 1)

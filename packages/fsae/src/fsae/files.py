@@ -63,10 +63,21 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = _temporary_sibling(target)
     try:
         yield temporary
+        os.chmod(temporary, usual_mode(target.parent))
         _flush_to_disk(temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def usual_mode(folder: str | os.PathLike[str]) -> int:
+    """The permissions that a new file gets in `folder`. Some writers leave their files for the owner alone."""
+    probe = _temporary_sibling(Path(folder) / "mode")
+    try:
+        probe.touch(exist_ok=False)
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,9 +1,12 @@
-"""How an FSAE starts when no image autoencoder's weights are at hand.
+"""How the parts of an FSAE start for which there are no weights: all of it, or its innermost stage.
 
-The blocks have no norm at their entrance: with every branch at full strength the activations of a decoder stage grow to
-ten times their share of the picture, one optimiser step at a usual rate then shifts them all together, the last norm
-sees one direction, and the model stays at each picture's mean colour. Small branches keep every stage near its
-shortcuts, where training starts at once.
+From scratch: the blocks have no norm at their entrance, and with every branch at full strength the activations of a
+decoder stage grow to ten times their share of the picture, one optimiser step at a usual rate then shifts them all
+together, the last norm sees one direction, and the model stays at each picture's mean colour. Small branches keep every
+stage near its shortcuts, where training starts at once.
+
+Around a pretrained image autoencoder: the stage that it lacks starts as nothing but shortcuts, so that the model is the
+pretrained one around a bottleneck that moves space to channels.
 """
 
 from __future__ import annotations
@@ -13,7 +16,10 @@ from torch import nn
 
 from fsae.layers.attention import FirstFrameAttention, LiteMLA
 from fsae.layers.blocks import GLUMBConv, ResBlock
-from fsae.layers.resample import Upsample
+from fsae.layers.conv import VideoConv3d
+from fsae.layers.norm import PixelNorm
+from fsae.layers.resample import Downsample, Upsample
+from fsae.model import FSAE
 
 BRANCH_GAIN = 0.1
 
@@ -34,3 +40,27 @@ def start_small(model: nn.Module) -> None:
                 nn.init.zeros_(module.conv.bias)
         elif isinstance(module, FirstFrameAttention):
             nn.init.normal_(module.to_out.weight, std=module.to_out.in_features**-0.5)
+
+
+@torch.no_grad()
+def start_innermost_as_shortcuts(model: FSAE) -> None:
+    """Make the innermost stage of `model` the identity and the steps to and from it their shortcuts alone, in place.
+
+    The last norm of each branch of its blocks starts at zero (weight and bias), and so do the convolutions of the step
+    down to it and the step up from it: what is left averages channels down there and copies them back. Each of these
+    has a gradient from the first step, as what it multiplies is not zero.
+    """
+    for stack in (model.encoder, model.decoder):
+        for module in stack.stages[-1].modules():
+            if isinstance(module, (ResBlock, GLUMBConv, LiteMLA)):
+                _zero(module.norm)
+    down, up = model.encoder.stages[-2].down, model.decoder.stages[-2].up
+    assert isinstance(down, Downsample) and isinstance(up, Upsample)  # every stage but the innermost has them
+    _zero(down.conv)
+    _zero(up.conv)
+
+
+def _zero(layer: PixelNorm | VideoConv3d) -> None:
+    for parameter in (layer.weight, layer.bias):
+        if parameter is not None:
+            nn.init.zeros_(parameter)

@@ -1,50 +1,119 @@
-"""Clips and captions from the user's files.
+"""Clips of one length and size from the user's files.
 
-``VideoFolder`` takes a folder of videos and images, or a list (.jsonl or .csv) with the columns ``path`` and,
-optionally, ``caption``. An item is a pure function of (index, epoch), as the training loop's resume asks.
+``VideoFolder`` takes one source (`fsae.data.sources`); `fsae.data.buckets` mixes several, in many lengths and sizes. An
+item is a pure function of (index, epoch), as the training loop's resume asks.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fsae.data.image import load_image
-from fsae.data.video import probe, read_video, to_video_tensor
+from fsae.data.image import cover, load_image
+from fsae.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Media
+from fsae.data.readers import DamagedVideo, draw_clip
+from fsae.data.sources import Entry, read_source
+from fsae.data.video import VideoInfo, probe, to_video_tensor
 from fsae.errors import UserError
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".gif"})
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+__all__ = ["IMAGE_SUFFIXES", "VIDEO_SUFFIXES", "Clip", "ClipDataset", "VideoFolder", "cover"]
+
+_UNUSABLE, _DAMAGED = 1, 2
 
 
 class Clip(TypedDict):
-    """A sample: ``video`` 3 T H W in [-1, 1] and what its list says about it."""
+    """A sample: ``video`` 3 T H W in [-1, 1] and what its source says about it."""
 
     video: Tensor
     caption: str
 
 
-class VideoFolder(Dataset[Clip]):
-    """Map-style dataset of clips.
+class ClipDataset(Dataset[Clip]):
+    """What the data sets of clips share: an item that cannot be used is replaced, named by a warning, and counted.
+
+    Which item replaces it depends on the files alone, not on what was met before, so that a run that is resumed sees
+    what the uninterrupted one would have seen.
+
+    Args:
+        length: Number of items.
+    """
+
+    def __init__(self, length: int) -> None:
+        # Shared with the processes of a loader, so that this one can name in the end what they met.
+        self._state = torch.zeros(length, dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+    def __getitem__(self, index: int) -> Clip:
+        return self.sample(index, 0)
+
+    def sample(self, index: int, epoch: int) -> Clip:
+        """The clip of ``index`` in ``epoch``; that of the next usable item if its own cannot be used.
+
+        Raises:
+            UserError: none of the items that could replace it can be used.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        places = self._replacements(index)
+        for place in places:
+            if self._state[place] == _UNUSABLE:
+                continue
+            entry = self._entry(place)
+            try:
+                pixels = self._pixels(entry.media, place, epoch)
+            except UserError as error:
+                if not self._state[place]:
+                    warnings.warn(f"skipped {entry.media}: {error}", stacklevel=2)
+                # Another draw may find a whole part of a damaged video; it is tried again.
+                self._state[place] = _DAMAGED if isinstance(error, DamagedVideo) else _UNUSABLE
+                continue
+            return {"video": to_video_tensor(torch.from_numpy(pixels)), "caption": entry.caption}
+        raise UserError(f"none of the {len(places)} files that could give clip {index} can be used: {self.summary()}")
+
+    @property
+    def skipped(self) -> list[Media]:
+        """Files met so far of which a clip could not be used."""
+        return list(dict.fromkeys(self._entry(place).media for place in self._state.nonzero().flatten().tolist()))
+
+    def summary(self) -> str:
+        """One line with the number of skipped files and the first ten names; empty if there were none."""
+        skipped = self.skipped
+        if not skipped:
+            return ""
+        more = f" and {len(skipped) - 10} more" if len(skipped) > 10 else ""
+        return f"{len(skipped)} file(s) skipped: {', '.join(map(str, skipped[:10]))}{more}"
+
+    def _entry(self, index: int) -> Entry:
+        raise NotImplementedError
+
+    def _replacements(self, index: int) -> Sequence[int]:
+        """The item itself, and those that may stand for it, in their order."""
+        return (*range(index, len(self)), *range(index))
+
+    def _pixels(self, media: Media, index: int, epoch: int) -> NDArray[np.uint8]:
+        """The clip, uint8 ``T H W 3``."""
+        raise NotImplementedError
+
+
+class VideoFolder(ClipDataset):
+    """Map-style dataset of clips of one size from one source.
 
     Each epoch draws a new start frame from (seed, index, epoch). A file that is broken, too short, or an
     image where several frames are wanted is replaced by the next usable one in order; it is named by a
     warning when it is met and in ``skipped``, also when a worker process of a loader met it.
 
     Args:
-        source: Folder (searched with its subfolders, in the order of the paths) or .jsonl/.csv list; relative
-            paths in a list are relative to the list.
+        source: Folder, list, tar or pattern: see `fsae.data.sources.read_source`.
         frames: Frames of a clip, T. With 1, an image is a clip and a video gives one of its frames.
         size: (H, W); frames are resized to cover it and cropped in the centre.
         stride: Take every stride-th frame of the file.
@@ -58,112 +127,21 @@ class VideoFolder(Dataset[Clip]):
         if min(frames, stride, *size) < 1:
             raise UserError(f"frames {frames}, size {size}, stride {stride}: all must be 1 or more")
         self.source = Path(source)
-        self.entries = list(_entries(self.source))
-        if not self.entries:
-            raise UserError(f"{source} holds no video or image; give a folder of them, or a .jsonl or .csv list")
+        self.entries = read_source(source)
+        super().__init__(len(self.entries))
         self.frames, self.size, self.stride, self.seed = frames, size, stride, seed
         self.settings = {"frames": frames, "size": list(size), "stride": stride, "seed": seed}
-        self._lengths: dict[Path, int] = {}
-        # Shared with the processes of a loader, so that this one can name in the end what they met.
-        self._unusable = torch.zeros(len(self.entries), dtype=torch.uint8).share_memory_()
+        self._probed: dict[Media, VideoInfo] = {}
 
-    def __len__(self) -> int:
-        return len(self.entries)
+    def _entry(self, index: int) -> Entry:
+        return self.entries[index]
 
-    def __getitem__(self, index: int) -> Clip:
-        return self.sample(index, 0)
-
-    def sample(self, index: int, epoch: int) -> Clip:
-        """The clip of ``index`` in ``epoch``; of the next usable file if its own cannot be used.
-
-        Raises:
-            UserError: no file of the whole dataset can be used.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        for place in (*range(index, len(self)), *range(index)):
-            if self._unusable[place]:
-                continue
-            path, caption = self.entries[place]
-            try:
-                return {"video": to_video_tensor(self._frames(path, place, epoch)), "caption": caption}
-            except UserError as error:
-                self._unusable[place] = 1
-                warnings.warn(f"skipped {path}: {error}", stacklevel=2)
-        raise UserError(f"none of the {len(self)} files of {self.source} can be used: {self.summary()}")
-
-    @property
-    def skipped(self) -> list[Path]:
-        """Files met so far that could not be used."""
-        return [self.entries[place][0] for place in self._unusable.nonzero().flatten().tolist()]
-
-    def summary(self) -> str:
-        """One line with the number of skipped files and the first ten names; empty if there were none."""
-        skipped = self.skipped
-        if not skipped:
-            return ""
-        more = f" and {len(skipped) - 10} more" if len(skipped) > 10 else ""
-        return f"{len(skipped)} file(s) skipped: {', '.join(map(str, skipped[:10]))}{more}"
-
-    def _frames(self, path: Path, index: int, epoch: int) -> Tensor:
-        """The clip's pixels, uint8 ``T H W 3``."""
-        if path.suffix.lower() in IMAGE_SUFFIXES:
+    def _pixels(self, media: Media, index: int, epoch: int) -> NDArray[np.uint8]:
+        if media.is_image:
             if self.frames > 1:
                 raise UserError(f"an image gives one frame, {self.frames} are wanted")
-            return torch.from_numpy(cover(load_image(path), self.size)).unsqueeze(0)
-        span = (self.frames - 1) * self.stride + 1
-        if path not in self._lengths:
-            self._lengths[path] = probe(path).frames
-        length = self._lengths[path]
-        if length < span:
-            raise UserError(f"it has {length} frames, {span} are wanted")
-        start = int(np.random.default_rng([self.seed, index, epoch]).integers(length - span + 1))
-        pixels, _ = read_video(path, start=start, frames=span, size=self.size)
-        return pixels[:: self.stride].contiguous()
-
-
-def cover(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Resize ``H W 3`` until it covers ``size`` (antialiased), then crop the centre."""
-    height, width = size
-    scale = max(height / image.shape[0], width / image.shape[1])
-    # The longer side is rounded, so it may fall a pixel short of the target.
-    resized = (max(width, round(image.shape[1] * scale)), max(height, round(image.shape[0] * scale)))
-    picture = Image.fromarray(image).resize(resized, Image.Resampling.LANCZOS)
-    left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
-    return np.asarray(picture.crop((left, top, left + width, top + height))).copy()
-
-
-def _entries(source: Path) -> Iterator[tuple[Path, str]]:
-    """(path, caption) of every entry."""
-    if source.is_dir():
-        known = VIDEO_SUFFIXES | IMAGE_SUFFIXES
-        yield from ((p, "") for p in sorted(source.rglob("*")) if p.is_file() and p.suffix.lower() in known)
-    elif source.suffix.lower() in (".jsonl", ".csv") and source.is_file():
-        for number, row in _rows(source):
-            path, caption = row.get("path"), row.get("caption")
-            if not isinstance(path, str) or not path:
-                raise UserError(
-                    f"{source}, line {number}: there is no path; each entry needs path, and may have caption"
-                )
-            yield source.parent / path, str(caption or "")
-    else:
-        raise UserError(f"{source} is neither a folder nor a .jsonl or .csv list; check the path")
-
-
-def _rows(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, columns) of a list's entries."""
-    with source.open(encoding="utf-8-sig", newline="") as lines:
-        if source.suffix.lower() == ".csv":
-            reader = csv.DictReader(lines)
-            for row in reader:
-                yield reader.line_num, row
-            return
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{source}, line {number} is not JSON ({error}); give one object a line") from error
-                if not isinstance(row, dict):
-                    raise UserError(f'{source}, line {number} is not an object; give {{"path": ..., "caption": ...}}')
-                yield number, row
+            return cover(load_image(media), self.size)[None]
+        if media.file not in self._probed:
+            self._probed[media.file] = probe(media.file, count=False)
+        draw = np.random.default_rng([self.seed, index, epoch]).random()
+        return draw_clip(media, self._probed[media.file], draw, self.frames, stride=self.stride, size=self.size)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fsae.data.media import Media, Readable, as_media, check_file
 from fsae.errors import UserError
 
 
-def load_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
+def load_image(path: Readable) -> NDArray[np.uint8]:
     """Read an image file.
 
     The EXIF orientation is applied, transparency is composited on white, greyscale, palette, CMYK and 16-bit
@@ -27,22 +28,48 @@ def load_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         UserError: the file is missing, a folder, no image, cut short, larger than Pillow's limit against
             decompression bombs (about 89 million pixels), or of a pixel type without a defined 8-bit form.
     """
-    if not os.path.exists(path):
-        raise UserError(f"there is no image file {path}; check its name")
-    if not os.path.isfile(path):
-        raise UserError(f"{path} is not a file; give one image, such as a JPEG or PNG")
-    image = _decode(Path(path))
-    return _to_rgb8(image, path)
+    with _opened(as_media(path)) as image:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+    return _to_rgb8(upright, path)
 
 
-def _decode(path: Path) -> Image.Image:
-    """Open, decode wholly and turn upright; each way that fails is a sentence."""
+def image_size(path: Readable) -> tuple[int, int]:
+    """(H, W) of an image as shown, from its header alone.
+
+    Raises:
+        UserError: as `load_image`, as far as the header tells.
+    """
+    with _opened(as_media(path)) as image:
+        width, height = image.size
+        return (width, height) if image.getexif().get(_ORIENTATION) in _LYING else (height, width)
+
+
+def cover(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Resize ``H W 3`` until it covers ``size`` (antialiased), then crop the centre."""
+    height, width = size
+    scale = max(height / image.shape[0], width / image.shape[1])
+    # The longer side is rounded, so it may fall a pixel short of the target.
+    resized = (max(width, round(image.shape[1] * scale)), max(height, round(image.shape[0] * scale)))
+    picture = Image.fromarray(image).resize(resized, Image.Resampling.LANCZOS)
+    left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
+    return np.asarray(picture.crop((left, top, left + width, top + height))).copy()
+
+
+# EXIF orientations that swap height and width.
+_LYING = frozenset({5, 6, 7, 8})
+_ORIENTATION = 0x0112
+
+
+@contextmanager
+def _opened(path: Media) -> Iterator[Image.Image]:
+    """Open an image; each way in which that or what is done with it fails becomes a sentence."""
+    check_file(path, "image", "one image, such as a JPEG or PNG")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return ImageOps.exif_transpose(image)
+            with path.open() as file, Image.open(file) as image:
+                yield image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise UserError(
             f"{path} has more than {Image.MAX_IMAGE_PIXELS} pixels, the limit; scale the image down first"
@@ -57,7 +84,7 @@ def _decode(path: Path) -> Image.Image:
         raise UserError(f"the image {path} is damaged or cut short ({error}); save it again") from None
 
 
-def _to_rgb8(image: Image.Image, path: str | os.PathLike[str]) -> NDArray[np.uint8]:
+def _to_rgb8(image: Image.Image, path: Readable) -> NDArray[np.uint8]:
     if image.mode.startswith("I"):
         image = Image.fromarray(_grey16_to_grey8(np.asarray(image), path))
     elif image.mode == "F":
@@ -71,7 +98,7 @@ def _to_rgb8(image: Image.Image, path: str | os.PathLike[str]) -> NDArray[np.uin
         raise UserError(f"{path} has pixels of type {image.mode}, which have no RGB form ({error})") from None
 
 
-def _grey16_to_grey8(pixels: NDArray[Any], path: str | os.PathLike[str]) -> NDArray[np.uint8]:
+def _grey16_to_grey8(pixels: NDArray[Any], path: Readable) -> NDArray[np.uint8]:
     """Scale 16-bit greyscale (0..65535) to 8 bits; Pillow's own conversion would clip at 255."""
     if pixels.min() < 0 or pixels.max() > 65535:
         raise UserError(f"{path} holds 32-bit integer pixels; save it with 8 or 16 bits a channel")

@@ -1,8 +1,10 @@
-"""Video files in and out through PyAV.
+"""Video files in and out through PyAV, by the index of their frames; `fsae.data.readers` reads by time.
 
-Frames are decoded one after another from the start, never sought: container indices lie often enough (open
-groups of pictures, edit lists) that a sought frame may be another one. Arrays are uint8 `T H W 3`, RGB;
-tensors for the models are float `3 T H W` in [-1, 1].
+Frames are decoded one after another from the start, never sought: an index of frames is what containers lie about
+most. Arrays are uint8 `T H W 3`, RGB; tensors for the models are float `3 T H W` in [-1, 1].
+
+A damaged place ends a video: the decoder is told to report every error that it notices, because what it would otherwise
+make up for the lost pictures, and for all that lean on them, looks like video but is none.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -22,6 +24,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import ArrayLike, NDArray
 
+from fsae.data.media import Readable, as_media, check_file
 from fsae.errors import UserError
 from fsae.files import atomic_path, check_writable
 
@@ -32,6 +35,7 @@ SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")
 
 # Visually lossless for the autoencoder's purposes, and small enough to send.
 _X264 = {"crf": "17", "preset": "medium"}
+_INVALID_DATA = 0x41444E49  # FFmpeg's code for it, "INDA"
 _BT709 = 1  # the same number for primaries, transfer and matrix in the H.264 standard's tables
 
 
@@ -44,27 +48,72 @@ class VideoInfo:
     width: int
     fps: float
 
+    @property
+    def duration(self) -> float:
+        """Seconds from the first frame's beginning to the last one's end, at a constant rate."""
+        return self.frames / self.fps
 
-def probe(path: str | os.PathLike[str]) -> VideoInfo:
+
+def probe(path: Readable, count: bool = True) -> VideoInfo:
     """Look at a video file.
 
-    `frames` is the container's own count, or the number of decoded frames where it states none.
+    Args:
+        path: The video.
+        count: Where the container does not say how many frames it has (Matroska, MPEG-TS), decode and count them; if
+            false, work the number out from its duration, quickly.
+
+    Returns:
+        Its properties; `frames` is the container's own count if it states one.
 
     Raises:
         UserError: as `read_video`.
     """
-    with _open(path) as (container, stream):
-        decoded = container.decode(stream)
+    with open_video(path) as (container, stream):
+        decoded = decode(container, stream)
         first = next(decoded, None)
         if first is None:
             raise UserError(f"the video {path} holds no frame; give another file")
-        height, width = _shown_size(first)
-        frames = stream.frames or 1 + sum(1 for _ in decoded)
-        return VideoInfo(frames, height, width, _frame_rate(stream, path))
+        height, width = shown_size(first)
+        fps = frame_rate(stream, path)
+        frames = stream.frames
+        if not frames and not count and container.duration:
+            frames = max(1, round(container.duration / av.time_base * fps))
+        return VideoInfo(frames or 1 + sum(1 for _ in decoded), height, width, fps)
+
+
+def stream_video(
+    path: Readable, size: tuple[int, int] | None = None, start: int = 0, frames: int | None = None
+) -> Iterator[NDArray[np.uint8]]:
+    """Decode a file of any length one frame at a time, in the memory of a few frames.
+
+    Args:
+        path: A video in any container and codec that FFmpeg reads.
+        size: As for `read_video`.
+        start: Index of the first frame wanted.
+        frames: How many frames; None for all. A video that ends before gives those that it has.
+
+    Yields:
+        uint8 `H W 3`, RGB, upright.
+
+    Raises:
+        UserError: the file is missing or no video, before the first frame; it is damaged, after the last frame before
+            the damage.
+    """
+    _check_range(start, frames)
+    return _stream(path, size, start, frames)
+
+
+def _stream(
+    path: Readable, size: tuple[int, int] | None, start: int, frames: int | None
+) -> Iterator[NDArray[np.uint8]]:
+    with open_video(path) as (container, stream):
+        stop = None if frames is None else start + frames
+        for frame in islice(decode(container, stream), start, stop):
+            yield picture(frame, size)
 
 
 def read_video(
-    path: str | os.PathLike[str],
+    path: Readable,
     start: int = 0,
     frames: int | None = None,
     size: tuple[int, int] | None = None,
@@ -86,18 +135,17 @@ def read_video(
     """
     import torch
 
-    if start < 0 or (frames is not None and frames < 1):
-        raise UserError(f"cannot read {frames} frames from frame {start} on; ask for at least one, from 0 on")
-    with _open(path) as (container, stream):
+    _check_range(start, frames)
+    with open_video(path) as (container, stream):
         stop = None if frames is None else start + frames
-        pictures = [_picture(frame, size) for frame in islice(container.decode(stream), start, stop)]
-        fps = _frame_rate(stream, path)
+        pictures = [picture(frame, size) for frame in islice(decode(container, stream), start, stop)]
+        fps = frame_rate(stream, path)
     if not pictures or (frames is not None and len(pictures) < frames):
         raise UserError(
             f"{path} has {len(pictures)} frames from frame {start} on, where {frames or 'some'} are asked "
             "for; ask for fewer or give a longer video"
         )
-    return torch.from_numpy(np.stack(pictures)), fps
+    return torch.from_numpy(stack(pictures, path)), fps
 
 
 def write_video(
@@ -156,29 +204,84 @@ def to_frames(video: torch.Tensor) -> torch.Tensor:
     return levels.to(torch.uint8).permute(1, 2, 3, 0).cpu()
 
 
+def _check_range(start: int, frames: int | None) -> None:
+    if start < 0 or (frames is not None and frames < 1):
+        raise UserError(f"cannot read {frames} frames from frame {start} on; ask for at least one, from 0 on")
+
+
 @contextmanager
-def _open(path: str | os.PathLike[str]) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def open_video(path: Readable) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """Open for decoding; whatever FFmpeg finds wrong, then or while decoding, becomes a UserError."""
-    if not os.path.exists(path):
-        raise UserError(f"there is no video file {path}; check its name")
-    if not os.path.isfile(path):
-        raise UserError(f"{path} is not a file; give one video")
+    media = as_media(path)
+    check_file(media, "video", "one video")
     try:
-        with av.open(os.fspath(path)) as container:
+        with ExitStack() as opened:
+            # FFmpeg's own file access is faster, where there is a file.
+            file = opened.enter_context(media.open()) if media.member else os.fspath(media.path)
+            container = opened.enter_context(av.open(file, "r"))
             if not container.streams.video:
-                raise UserError(f"{path} holds no video; give another file")
+                raise UserError(f"{media} holds no video; give another file")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise UserError(f"the video {media} is of a codec that this FFmpeg cannot decode; convert it")
             stream.thread_type = "AUTO"
+            stream.codec_context.options = {"err_detect": "explode"}
             yield container, stream
-    except av.FFmpegError as error:
-        raise UserError(f"the video {path} cannot be decoded ({error.strerror}); it is damaged or no video") from error
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(f"the video {media} cannot be decoded ({error.strerror}); it is damaged or no video") from error
 
 
-def _frame_rate(stream: av.VideoStream, path: str | os.PathLike[str]) -> float:
+def decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """The frames from the file's beginning to its end.
+
+    A recording may begin in the middle of a group of pictures; it is read from its first whole picture on.
+
+    Raises:
+        av.FFmpegError: at a damaged place.
+    """
+    begun = False
+    damage: av.FFmpegError | None = None
+    for packet in container.demux(stream):
+        try:
+            for frame in decode_packet(packet):
+                begun = True
+                yield frame
+        except av.InvalidDataError as error:
+            if begun:
+                raise
+            damage = damage or error
+    if damage is not None and not begun:
+        raise damage
+
+
+def decode_packet(packet: av.Packet) -> Iterator[av.VideoFrame]:
+    """The frames that a packet completes.
+
+    Raises:
+        av.FFmpegError: the decoder reports an error, or that it painted over one.
+    """
+    for frame in packet.decode():
+        assert isinstance(frame, av.VideoFrame)
+        if frame.is_corrupt:
+            raise av.InvalidDataError(_INVALID_DATA, "a picture is incomplete")
+        yield frame
+
+
+def frame_rate(stream: av.VideoStream, path: Readable) -> float:
+    """Frames per second, on average."""
     rate = stream.average_rate or stream.guessed_rate
     if not rate:
         raise UserError(f"{path} does not say how many frames per second it has; remux it with a frame rate")
     return float(rate)
+
+
+def stack(pictures: list[NDArray[np.uint8]], path: Readable) -> NDArray[np.uint8]:
+    """Frames `H W 3` as one array `T H W 3`; refused if the video changes its size on the way."""
+    shapes = {image.shape[:2] for image in pictures}
+    if len(shapes) > 1:
+        sizes = " and ".join(f"{width}x{height}" for height, width in sorted(shapes))
+        raise UserError(f"the video {path} changes its size ({sizes}); ask for one size, or cut it where it changes")
+    return np.stack(pictures)
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:
@@ -186,16 +289,17 @@ def _quarter_turns(frame: av.VideoFrame) -> int:
     return round(frame.rotation / 90) % 4
 
 
-def _shown_size(frame: av.VideoFrame) -> tuple[int, int]:
+def shown_size(frame: av.VideoFrame) -> tuple[int, int]:
+    """(H, W) of a frame once it is upright."""
     return (frame.width, frame.height) if _quarter_turns(frame) % 2 else (frame.height, frame.width)
 
 
-def _picture(frame: av.VideoFrame, size: tuple[int, int] | None) -> NDArray[np.uint8]:
+def picture(frame: av.VideoFrame, size: tuple[int, int] | None) -> NDArray[np.uint8]:
     """One frame as `H W 3`, scaled while still in the codec's own format (fast), turned, and cropped."""
     turns = _quarter_turns(frame)
     if size is None:
         return np.rot90(frame.reformat(format="rgb24").to_ndarray().astype(np.uint8, copy=False), turns)
-    height, width = _shown_size(frame)
+    height, width = shown_size(frame)
     scale = max(size[0] / height, size[1] / width)
     covering = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
     stored = covering[::-1] if turns % 2 else covering
@@ -203,9 +307,9 @@ def _picture(frame: av.VideoFrame, size: tuple[int, int] | None) -> NDArray[np.u
     scaled = frame.reformat(
         height=stored[0], width=stored[1], format="rgb24", interpolation="AREA" if scale < 1 else "BICUBIC"
     )
-    picture = np.rot90(scaled.to_ndarray().astype(np.uint8, copy=False), turns)
+    upright = np.rot90(scaled.to_ndarray().astype(np.uint8, copy=False), turns)
     top, left = (covering[0] - size[0]) // 2, (covering[1] - size[1]) // 2
-    return picture[top : top + size[0], left : left + size[1]]
+    return upright[top : top + size[0], left : left + size[1]]
 
 
 def _encode(path: Path, frames: Iterable[ArrayLike], fps: float, metadata: Mapping[str, Any]) -> None:
@@ -220,8 +324,8 @@ def _encode(path: Path, frames: Iterable[ArrayLike], fps: float, metadata: Mappi
     with av.open(os.fspath(path), "w", options=options) as container:
         container.metadata.update({key: str(value) for key, value in metadata.items()})
         stream = _add_stream(container, shape, fps)
-        for index, picture in enumerate(_chain(first, pictures)):
-            container.mux(stream.encode(_to_frame(picture, shape, index)))
+        for index, image in enumerate(_chain(first, pictures)):
+            container.mux(stream.encode(_to_frame(image, shape, index)))
         container.mux(stream.encode(None))
 
 
@@ -242,8 +346,8 @@ def _add_stream(container: av.container.OutputContainer, shape: tuple[int, ...],
     return stream
 
 
-def _to_frame(picture: ArrayLike, shape: tuple[int, ...], index: int) -> av.VideoFrame:
-    array = np.asarray(picture)
+def _to_frame(image: ArrayLike, shape: tuple[int, ...], index: int) -> av.VideoFrame:
+    array = np.asarray(image)
     if array.dtype != np.uint8 or array.shape != shape or array.ndim != 3 or array.shape[2] != 3:
         raise UserError(
             f"frame {index} is {array.dtype} {array.shape}; all must be uint8 H W 3 like the first, {shape}"

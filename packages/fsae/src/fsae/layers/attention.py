@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fsae.layers.conv import VideoConv3d
 from fsae.layers.norm import PixelNorm
+from fsae.tiling import Window, frames_at_once
 
 
 class LiteMLA(nn.Module):
@@ -37,7 +40,13 @@ class LiteMLA(nn.Module):
         self.norm = PixelNorm(channels, eps, norm_affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`B C T H W` -> the same shape."""
+        """`B C T H W` -> the same shape. Many frames are taken some at a time, which changes nothing."""
+        count = frames_at_once(x, 6)
+        if x.shape[2] <= count:
+            return self._attend(x)
+        return torch.cat([self._attend(part) for part in x.split(count, dim=2)], dim=2)
+
+    def _attend(self, x: Tensor) -> Tensor:
         batch, _, frames, height, width = x.shape
         near = self.qkv(x)
         wide = near
@@ -57,6 +66,13 @@ class LiteMLA(nn.Module):
             query, key = F.relu(query), F.relu(key).transpose(-1, -2)
             numerator = (value @ key) @ query
             return numerator / (key.sum(-2).unsqueeze(-2) @ query + 1e-15)
+
+
+class Context(NamedTuple):
+    """What the queries of all frames meet: keys, turned to their places, and values, `B h w heads d` each."""
+
+    key: Tensor
+    value: Tensor
 
 
 class FirstFrameAttention(nn.Module):
@@ -128,32 +144,47 @@ class FirstFrameAttention(nn.Module):
         even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
-    def forward(self, x: Tensor, first_frame: Tensor) -> Tensor:
-        """x `B C T h w`, first_frame `B C' h w` -> x's shape."""
-        height, width = x.shape[3:]
+    def context(self, first_frame: Tensor) -> Context:
+        """The first frame's features `B C' h w` -> its keys and values, which serve every frame, tile and chunk."""
+        height, width = first_frame.shape[2:]
+        side = self._side(height, width)
+        features = self.norm_context(first_frame).permute(0, 2, 3, 1)
+        key = self.to_k(features).unflatten(-1, (-1, self.head_dim))
+        cells = _cells(range(height), range(width), first_frame.device) % side
+        key = self._rotate(key.flatten(1, 2), cells).unflatten(1, (height, width))
+        return Context(key, self.to_v(features).unflatten(-1, (-1, self.head_dim)))
+
+    def _side(self, height: int, width: int) -> int:
+        """The side of the aligned windows of a whole frame."""
+        return self.window if height * width > self.window**2 else max(height, width)
+
+    def forward(self, x: Tensor, first_frame: Tensor | Context, window: Window | None = None) -> Tensor:
+        """x `B C T h w`, first_frame `B C' h w` or what `context` made of it -> x's shape.
+
+        window: the part of the frame that x is, in cells of this stage; None is all of it. first_frame is whole.
+        """
+        context = first_frame if isinstance(first_frame, Context) else self.context(first_frame)
+        frame_height, frame_width = context.key.shape[1:3]
+        part = Window(0, 0, frame_height, frame_width) if window is None else window
+        side = self._side(frame_height, frame_width)
         query_map = self.norm_query(x).permute(0, 2, 3, 4, 1)
-        context_map = self.norm_context(first_frame).permute(0, 2, 3, 1)
-        side = self.window if height * width > self.window**2 else max(height, width)
         bands = []
-        for top in range(0, height, side):
+        for top in range(part.top // side * side, part.bottom, side):
+            rows = range(max(top, part.top), min(top + side, part.bottom))
             row = []
-            for left in range(0, width, side):
-                cut = (slice(top, top + side), slice(left, left + side))
-                row.append(self._attend(query_map[:, :, cut[0], cut[1]], context_map[:, cut[0], cut[1]]))
+            for left in range(part.left // side * side, part.right, side):
+                columns = range(max(left, part.left), min(left + side, part.right))
+                queries = Window(rows.start, columns.start, len(rows), len(columns)).inside(part)
+                seen = Context(*(t[:, top : top + side, left : left + side] for t in context))
+                cells = _cells(rows, columns, x.device) - torch.tensor([top, left], device=x.device)
+                row.append(self._attend(query_map[:, :, *queries.slices], seen, cells))
             bands.append(torch.cat(row, dim=3))
         return x + self.to_out(torch.cat(bands, dim=2)).permute(0, 4, 1, 2, 3)
 
-    def _attend(self, query_map: Tensor, context_map: Tensor) -> Tensor:
-        """One window: queries `B T h w C` on context `B h w C'`, both starting at the same corner -> `B T h w C`."""
+    def _attend(self, query_map: Tensor, context: Context, cells: Tensor) -> Tensor:
+        """One window: queries `B T h w C` at `cells` of it on its keys and values -> `B T h w C`."""
         batch, frames, height, width, _ = query_map.shape
-        cells = torch.cartesian_prod(
-            torch.arange(height, device=query_map.device, dtype=torch.float32),
-            torch.arange(width, device=query_map.device, dtype=torch.float32),
-        ).unsqueeze(1)
         query = self.to_q(query_map).reshape(batch * frames, height * width, -1, self.head_dim)
-        context = context_map.flatten(1, 2)
-        key = self.to_k(context).unflatten(-1, (-1, self.head_dim))
-        value = self.to_v(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         looked_from = cells
         if self.to_offset is not None:
             offset = self.to_offset(query_map).float().reshape(batch * frames, height * width, -1, 2)
@@ -161,6 +192,14 @@ class FirstFrameAttention(nn.Module):
         query = self._rotate(query, looked_from)
         # Keys and values are the same for every frame: the frames' queries stand in one row, so that nothing is copied.
         query = query.reshape(batch, frames * height * width, -1, self.head_dim).transpose(1, 2)
-        key = self._rotate(key, cells).transpose(1, 2)
+        key, value = (t.flatten(1, 2).transpose(1, 2) for t in context)
         out = F.scaled_dot_product_attention(query, key, value)
         return out.transpose(1, 2).reshape(batch, frames, height, width, -1)
+
+
+def _cells(rows: range, columns: range, device: torch.device) -> Tensor:
+    """Row and column of every cell, `N 1 2`, fp32."""
+    return torch.cartesian_prod(
+        torch.arange(rows.start, rows.stop, device=device, dtype=torch.float32),
+        torch.arange(columns.start, columns.stop, device=device, dtype=torch.float32),
+    ).unsqueeze(1)

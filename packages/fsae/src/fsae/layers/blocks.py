@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fsae.layers.attention import LiteMLA
 from fsae.layers.conv import TimeKind, VideoConv3d
 from fsae.layers.norm import PixelNorm
+from fsae.streaming import FrameCache
+from fsae.tiling import frames_at_once
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,10 @@ class ResBlock(nn.Module):
         self.conv2 = VideoConv3d(channels, channels, time=style.time, group=style.group, bias=False)
         self.norm = PixelNorm(channels, style.eps, style.norm_affine)
 
-    def forward(self, x: Tensor, noise_map: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, noise_map: Tensor | None = None, cache: FrameCache | None = None) -> Tensor:
         """`B C T H W` -> the same shape. noise_map: `1 1 1 H W`, one for all frames, so that it does not flicker."""
-        branch = self.norm(self.conv2(F.silu(self.conv1(x))))
+        # The branch's inside has no name, so that it is gone before the norm.
+        branch = self.norm(self.conv2(F.silu(self.conv1(x, cache), inplace=not torch.is_grad_enabled()), cache))
         if noise_map is not None:
             branch = branch + self.noise * noise_map
         return x + branch
@@ -63,8 +69,34 @@ class GLUMBConv(nn.Module):
         self.point = VideoConv3d(wide // 2, channels, 1, time_kernel=1, bias=False)
         self.norm = PixelNorm(channels, style.eps, style.norm_affine)
 
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.depth(F.silu(self.inverted(x))).chunk(2, dim=1)
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        """`B C T H W` -> the same shape. Many frames go through as a stream, to hold few 8C-wide ones at once."""
+        count = frames_at_once(x, 8)
+        if x.shape[2] <= count:
+            return self._rest(self.depth(self._wide(x), cache))
+        if self.depth.time == "standard":
+            return torch.cat(list(self._with_neighbours(x.split(count, dim=2))), dim=2)
+        stream = FrameCache() if cache is None else cache
+        whole = max(count // self.depth.group, 1) * self.depth.group
+        first = whole if self.depth in stream else whole + 1
+        parts = [x[:, :, :first], *x[:, :, first:].split(whole, dim=2)]
+        return torch.cat([self._rest(self.depth(self._wide(part), stream)) for part in parts if part.shape[2]], dim=2)
+
+    def _with_neighbours(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The non-causal form of a stream: each part between the last frame before it and the first behind it."""
+        ahead = self._wide(parts[0])
+        before = ahead[:, :, :1]
+        for following in (*parts[1:], None):
+            here = ahead
+            ahead = here[:, :, -1:] if following is None else self._wide(following)
+            yield self._rest(self.depth.convolve(torch.cat([before, here, ahead[:, :, :1]], dim=2)))
+            before = here[:, :, -1:]
+
+    def _wide(self, x: Tensor) -> Tensor:
+        return F.silu(self.inverted(x), inplace=not torch.is_grad_enabled())
+
+    def _rest(self, wide: Tensor) -> Tensor:
+        value, gate = wide.chunk(2, dim=1)
         return self.norm(self.point(value * F.silu(gate)))
 
 
@@ -76,7 +108,27 @@ class EViTBlock(nn.Module):
         self.attention = LiteMLA(channels, style.head_dim, style.eps, style.norm_affine)
         self.local = GLUMBConv(channels, style)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         """`B C T H W` -> the same shape."""
         x = x + self.attention(x)
-        return x + self.local(x)
+        return x + self.local(x, cache)
+
+
+class Stage(nn.Module):
+    """What the stages of both stacks share: how their layers are run.
+
+    Attributes:
+        gradient_checkpointing: whether the insides of layers are computed anew in the backward pass rather than kept;
+            `enable_gradient_checkpointing` of the model sets it.
+    """
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
+    def run(self, layer: nn.Module, *inputs: Any, cache: FrameCache | None = None) -> Tensor:
+        """layer(*inputs, cache), checkpointed where that is asked for. A stream is not: its cache moves on."""
+        if cache is not None:
+            return cast(Tensor, layer(*inputs, cache=cache))
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(layer, *inputs)
+        return cast(Tensor, layer(*inputs))

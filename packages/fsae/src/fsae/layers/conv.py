@@ -19,6 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fsae.streaming import FrameCache
+
+# Positions from which on oneDNN's way of storing tensors is worth the reordering.
+ONEDNN_PAYS = 1024
+
 TimeKind = Literal["causal", "standard", "group_causal"]
 
 
@@ -75,34 +80,60 @@ class VideoConv3d(nn.Conv3d):
             return 0
         return 2 if self.time == "causal" else 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`B C_in T H W` -> `B C_out T' H' W'`."""
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        """`B C_in T H W` -> `B C_out T' H' W'`.
+
+        cache: the state of a stream that x is the next chunk of; None where x is the whole clip.
+
+        Raises:
+            ValueError: a stream through a convolution that looks at later frames, or frames that are no whole groups.
+        """
         if self.kernel_size[0] == 1:
-            return self._convolve(x)
-        if x.shape[2] == 1:
+            return self.convolve(x)
+        if cache is not None and self.time == "standard":
+            raise ValueError("a standard convolution looks at later frames and has no stream; use the whole clip")
+        before = None if cache is None or self not in cache else cache[self]
+        if cache is not None:
+            cache[self] = self._last_frames(x, before)
+        if before is None and x.shape[2] == 1:
             return self._one_frame(x)
         if self.time == "causal":
-            first = x[:, :, :1]
-            return self._convolve(torch.cat([first, first, x], dim=2))
+            past = [x[:, :, :1]] * 2 if before is None else [before]
+            return self.convolve(torch.cat([*past, x], dim=2))
         if self.time == "standard":
-            return self._convolve(torch.cat([x[:, :, :1], x, x[:, :, -1:]], dim=2))
-        return self._group_causal(x)
+            return self.convolve(torch.cat([x[:, :, :1], x, x[:, :, -1:]], dim=2))
+        return self._group_causal(x, before)
 
-    def _convolve(self, padded: Tensor) -> Tensor:
+    def _last_frames(self, x: Tensor, before: Tensor | None) -> Tensor:
+        """What the next chunk needs: one frame, or the two that a causal kernel of stride 1 looks back at."""
+        if self.time == "group_causal" or self.stride[0] > 1:
+            return x[:, :, -1:]
+        if x.shape[2] == 1:
+            return torch.cat([x if before is None else before[:, :, -1:], x], dim=2)
+        return x[:, :, -2:]
+
+    def convolve(self, padded: Tensor, weight: Tensor | None = None, step: int | None = None) -> Tensor:
         """Convolve a clip that has its neighbour frames already.
 
         A depthwise kernel goes tap by tap in 2-D, frames in the batch: the same sum, and several times faster to
         differentiate than any library's depthwise convolution in 3-D.
+
+        Args:
+            padded: `B C_in T H W`.
+            weight: other taps in time than the layer's own.
+            step: another stride in time than the layer's own.
         """
+        weight = self.weight if weight is None else weight
         if self.groups == 1 or self.groups != self.in_channels:
-            return super().forward(padded)
-        batch, taps = padded.shape[0], self.kernel_size[0]
+            stride = (step or self.stride[0], *self.stride[1:])
+            return conv3d(padded, weight, self.bias, stride, self.padding, self.groups)
+        batch, taps = padded.shape[0], weight.shape[2]
         frames = padded.shape[2] - taps + 1
         out: Tensor | None = None
         for tap in range(taps):
             window = padded[:, :, tap : tap + frames].transpose(1, 2).flatten(0, 1)
             bias = self.bias if tap == 0 else None
-            part = F.conv2d(window, self.weight[:, :, tap], bias, padding=self.padding[1:], groups=self.groups)
+            part = F.conv2d(window, weight[:, :, tap], bias, padding=self.padding[1:], groups=self.groups)
             out = part if out is None else out + part
         assert out is not None
         return out.unflatten(0, (batch, frames)).transpose(1, 2)
@@ -112,16 +143,84 @@ class VideoConv3d(nn.Conv3d):
         y = F.conv2d(x[:, :, 0], self.weight.sum(2), self.bias, self.stride[1:], self.padding[1:], groups=self.groups)
         return y.unsqueeze(2)
 
-    def _group_causal(self, x: Tensor) -> Tensor:
-        """Frame 0 alone, then groups of `group` frames, each with the frame before it and a copy of its last frame."""
-        batch, channels, frames, height, width = x.shape
-        if (frames - 1) % self.group:
-            raise ValueError(f"{frames} frames do not split into one frame and groups of {self.group}")
-        count = (frames - 1) // self.group
-        first = self._one_frame(x[:, :, :1])
-        body = x[:, :, 1:].unflatten(2, (count, self.group))
-        before = torch.cat([x[:, :, :1], body[:, :, :-1, -1]], dim=2).unsqueeze(3)
-        windows = torch.cat([before, body, body[:, :, :, -1:]], dim=3)
+    def _group_causal(self, x: Tensor, before: Tensor | None) -> Tensor:
+        """Groups of `group` frames, each with the frame before it and a copy of its last frame.
+
+        Where the clip starts (before is None) frame 0 comes first and alone.
+        """
+        starts = before is None
+        line = x if before is None else torch.cat([before, x], dim=2)
+        count, rest = divmod(line.shape[2] - 1, self.group)
+        if rest:
+            first = "one frame and " if starts else ""
+            raise ValueError(f"{x.shape[2]} frames do not split into {first}groups of {self.group}")
+        if not self.training and (self.group == 1 or self.groups == 1):
+            return self._group_causal_folded(x, line, starts)
+        batch, channels, _, height, width = x.shape
+        body = line[:, :, 1:].unflatten(2, (count, self.group))
+        past = line[:, :, : -self.group : self.group].unsqueeze(3)
+        windows = torch.cat([past, body, body[:, :, :, -1:]], dim=3)
         folded = windows.transpose(1, 2).reshape(batch * count, channels, self.group + 2, height, width)
-        out = self._convolve(folded).unflatten(0, (batch, count))
-        return torch.cat([first, out.transpose(1, 2).flatten(2, 3)], dim=2)
+        out = self.convolve(folded).unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)
+        return torch.cat([self._one_frame(line[:, :, :1]), out], dim=2) if starts else out
+
+    def _group_causal_folded(self, x: Tensor, line: Tensor, starts: bool) -> Tensor:
+        """The same numbers without windows in memory, and two taps at a group's end, where two meet one frame.
+
+        line: x, after the frame before it where there is one.
+        """
+        ends = early(self.weight, 2)
+        if self.group == 1:
+            return self.convolve(torch.cat([line[:, :, :1], line], dim=2) if starts else line, ends)
+        last = self.convolve(line[:, :, self.group - 1 :], ends, self.group)
+        batch, channels, _, height, width = last.shape
+        out = last.new_empty(batch, channels, x.shape[2], height, width)
+        body = out[:, :, 1:] if starts else out
+        body[:, :, self.group - 1 :: self.group] = last
+        if line.shape[2] == 1 + self.group:
+            body[:, :, :-1] = self.convolve(line)
+        else:
+            for place in range(self.group - 1):
+                body[:, :, place :: self.group] = self.convolve(line[:, :, place:], step=self.group)
+        if starts:
+            out[:, :, :1] = self._one_frame(line[:, :, :1])
+        return out
+
+
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    groups: int = 1,
+) -> Tensor:
+    """`torch.nn.functional.conv3d`, on a CPU by oneDNN also where PyTorch would take a loop several times slower.
+
+    PyTorch asks whether the product of a single input's first four sizes is large, as if they were an image's: a few
+    frames of a wide picture look small to it.
+    """
+    direct = (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.shape[0] == 1
+        and x[0, 0].numel() >= ONEDNN_PAYS
+        and torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+    if direct:
+        return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), groups)
+    return F.conv3d(x, weight, bias, stride, padding, groups=groups)
+
+
+def early(kernel: Tensor, dim: int) -> Tensor:
+    """Taps (w0, w1 + w2) of a kernel of three: the last two meet the same cell or frame."""
+    first, second, third = kernel.unbind(dim)
+    return torch.stack([first, second + third], dim)
+
+
+def late(kernel: Tensor, dim: int) -> Tensor:
+    """Taps (w0 + w1, w2): the first two do."""
+    first, second, third = kernel.unbind(dim)
+    return torch.stack([first + second, third], dim)

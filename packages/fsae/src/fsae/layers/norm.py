@@ -22,8 +22,11 @@ class PixelNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`B C ...` -> the same shape and dtype."""
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        wide = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + self.eps)
+        scale = torch.rsqrt(wide.square().mean(1, keepdim=True) + self.eps)
+        alone = not torch.is_grad_enabled()  # Nothing else will look at what is made here: work in place.
+        wide = wide.mul_(scale) if alone and wide is not x else wide * scale
         if self.weight is None or self.bias is None:
             return wide.to(x.dtype)
         shape = (1, -1) + (1,) * (x.ndim - 2)
-        return (wide * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
+        weight, bias = self.weight.view(shape), self.bias.view(shape)
+        return (wide.mul_(weight).add_(bias) if alone else wide * weight + bias).to(x.dtype)

@@ -13,6 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fsae.layers.conv import TimeKind, VideoConv3d
+from fsae.layers.folding import can_fold, fold, kept_frames
+from fsae.streaming import FrameCache
+
+# Cells of a frame from which on the multiplications saved outweigh the summing of weights, even for one frame.
+FOLDING_PAYS = 1024
 
 
 class Downsample(nn.Module):
@@ -26,22 +31,31 @@ class Downsample(nn.Module):
         self.average = 4 * in_channels // out_channels
         self.conv = VideoConv3d(in_channels, out_channels, stride=2, time_stride=2 if halve_time else 1)
 
-    def shortcut(self, x: Tensor) -> Tensor:
-        """Pairs of frames averaged, 2x2 pixels to channels, then the mean over consecutive channels."""
+    def shortcut(self, x: Tensor, begun: bool = False) -> Tensor:
+        """Pairs of frames averaged, 2x2 pixels to channels, then the mean over consecutive channels.
+
+        begun: whether frames came before x; the clip's first frame is a pair with itself.
+        """
         if self.halve_time:
-            pairs = torch.cat([x[:, :, :1], x], dim=2).unflatten(2, (-1, 2))
-            x = pairs.mean(3)
+            line = x if begun else torch.cat([x[:, :, :1], x], dim=2)
+            x = line.unflatten(2, (-1, 2)).mean(3)
         batch, _, frames = x.shape[:3]
         x = F.pixel_unshuffle(x.transpose(1, 2).flatten(0, 1), 2)
         x = x.unflatten(1, (-1, self.average)).mean(2)
         return x.unflatten(0, (batch, frames)).transpose(1, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) + self.shortcut(x)
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        begun = cache is not None and self.conv in cache
+        return self.conv(x, cache) + self.shortcut(x, begun)
 
 
 class Upsample(nn.Module):
-    """`B C_in t h w` -> `B C_out T 2h 2w`, with t = 1 + n -> T = 1 + 2n where `double_time`."""
+    """`B C_in t h w` -> `B C_out T 2h 2w`, with t = 1 + n -> T = 1 + 2n where `double_time`.
+
+    Attributes:
+        folded: whether the convolution is folded (see `fsae.layers.folding`), which gives the same numbers for less
+            work. None folds where it pays: outside of training, on frames of some size.
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, *, double_time: bool, time: TimeKind, group: int = 1
@@ -52,18 +66,36 @@ class Upsample(nn.Module):
         self.double_time = double_time
         self.copies = 4 * out_channels // in_channels
         self.conv = VideoConv3d(in_channels, out_channels, time=time, group=group)
+        self.folded: bool | None = None
 
-    def _double_frames(self, x: Tensor) -> Tensor:
-        """Each frame twice, less the first: the inverse of pairing (0,0), (1,2), (3,4), ..."""
-        return x.repeat_interleave(2, dim=2)[:, :, 1:] if self.double_time else x
+    def _double_frames(self, x: Tensor, begun: bool) -> Tensor:
+        """Each frame twice, less the clip's first: the inverse of pairing (0,0), (1,2), (3,4), ..."""
+        if not self.double_time:
+            return x
+        return x.repeat_interleave(2, dim=2)[:, :, 0 if begun else 1 :]
 
-    def shortcut(self, x: Tensor) -> Tensor:
-        """Channels copied, channels to 2x2 pixels, then each frame copied."""
+    def shortcut(self, x: Tensor, begun: bool = False) -> Tensor:
+        """Channels copied, channels to 2x2 pixels, then each frame copied. begun: whether frames came before x."""
         batch, _, frames = x.shape[:3]
         x = x.transpose(1, 2).flatten(0, 1).repeat_interleave(self.copies, dim=1)
         x = F.pixel_shuffle(x, 2).unflatten(0, (batch, frames)).transpose(1, 2)
-        return self._double_frames(x)
+        return self._double_frames(x, begun)
 
-    def forward(self, x: Tensor) -> Tensor:
-        near = F.interpolate(self._double_frames(x), scale_factor=(1, 2, 2), mode="nearest")
-        return self.conv(near) + self.shortcut(x)
+    def _folds(self, cells: int) -> bool:
+        if not can_fold(self.conv, self.double_time):
+            return False
+        return self.folded if self.folded is not None else not self.training and cells >= FOLDING_PAYS
+
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        # The number of frames must not decide, as it may differ between the chunks of a stream.
+        if self._folds(x.shape[0] * x.shape[3] * x.shape[4]):
+            before = None if cache is None or self not in cache else cache[self]
+            out = fold(self.conv, x, before, self.double_time, self.copies)
+            if cache is not None:
+                count = kept_frames(self.conv, self.double_time)
+                line = torch.cat([x[:, :, :1]] * count if before is None else [before], dim=2)
+                cache[self] = torch.cat([line, x[:, :, -count:]], dim=2)[:, :, -count:]
+            return out
+        begun = cache is not None and self.conv in cache
+        near = F.interpolate(self._double_frames(x, begun), scale_factor=(1, 2, 2), mode="nearest")
+        return self.conv(near, cache) + self.shortcut(x, begun)

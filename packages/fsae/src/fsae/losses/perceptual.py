@@ -7,21 +7,25 @@ w_l the learned weights of its channels,
 
 The trunk is AlexNet's or VGG16's feature stack in torchvision's layout; neither torchvision nor a download is
 needed.
+
+On long clips the trunk's activations are what fills the memory. `temporal_slices` takes a few frames at a time, forward
+and back to the reconstruction (paper §2.2.1, the tactics of stage 3), and holds one slice's activations at once.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fsae.errors import CheckpointError, UserError
 
@@ -141,6 +145,48 @@ class PerceptualLoss(nn.Module):
         for x, y, weight in zip(self.features(reconstruction), references, self.heads, strict=True):
             distance = distance + ((x - y).square() * weight).sum(1).mean()
         return distance
+
+
+def temporal_slices(
+    distance: Callable[[Tensor, Tensor], Tensor], reconstruction: Tensor, target: Tensor, frames: int
+) -> Tensor:
+    """`distance(reconstruction, target)` of videos `B C T H W`, taken over `frames` frames at a time.
+
+    The value and the gradient are those of the whole, for a distance that is a mean over frames; the gradient reaches
+    the reconstruction, once differentiable, and nothing else. With 0 frames the clip is not sliced.
+    """
+    if not 0 < frames < reconstruction.shape[2]:
+        return distance(reconstruction, target)
+    value: Tensor = _SlicedDistance.apply(reconstruction, target, distance, frames)
+    return value
+
+
+class _SlicedDistance(torch.autograd.Function):
+    """Each slice goes forward and back while the whole goes forward; its backward hands on what was gathered."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, reconstruction: Tensor, target: Tensor, distance: Callable[[Tensor, Tensor], Tensor], frames: int
+    ) -> Tensor:
+        slope = torch.empty_like(reconstruction) if ctx.needs_input_grad[0] else None
+        parts = []
+        for start in range(0, reconstruction.shape[2], frames):
+            x, y = (video.detach()[:, :, start : start + frames] for video in (reconstruction, target))
+            share = x.shape[2] / reconstruction.shape[2]
+            with torch.set_grad_enabled(slope is not None):
+                x = x.requires_grad_(slope is not None)
+                part = share * distance(x, y)
+            if slope is not None:
+                slope[:, :, start : start + frames] = torch.autograd.grad(part, x)[0]
+            parts.append(part.detach())
+        ctx.save_for_backward(slope)
+        return torch.stack(parts).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return (None if slope is None else gradient * slope), None, None, None
 
 
 def _split(state: Mapping[str, Tensor]) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:

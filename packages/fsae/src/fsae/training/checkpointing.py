@@ -18,7 +18,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fsae.checkpoint import load_state, save_state
+from fsae.checkpoint import read_state, save_state
 from fsae.errors import CheckpointError, UserError
+from fsae.files import atomic_path
+from fsae.training.sharding import placed
 
 _NAME = re.compile(r"checkpoint-(\d{8,})")
 
@@ -68,6 +70,23 @@ def publish(temporary: Path, final: Path, keep: int) -> None:
     os.replace(temporary, final)
     for old in checkpoints(final.parent)[:-keep]:
         shutil.rmtree(old)
+
+
+class Attempt:
+    """Calls what may fail for want of room, and does nothing more after the first failure, which it keeps.
+
+    A process that failed must still keep the others company until all of them can hear of it.
+    """
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def __call__(self, function: Callable[..., object], *arguments: Any) -> None:
+        if self.error is None:
+            try:
+                function(*arguments)
+            except (OSError, SafetensorError, UserError) as error:
+                self.error = error
 
 
 # --- random state
@@ -120,16 +139,12 @@ def load_random_state(folder: Path, rank: int) -> None:
 # ---------------------------------------------------------------------------------------
 
 
-def save_modules(folder: Path, modules: Mapping[str, nn.Module]) -> None:
-    """Write each module's whole state."""
-    for name, module in modules.items():
-        save_state(module, folder / f"{name}.safetensors")
-
-
 def load_modules(folder: Path, modules: Mapping[str, nn.Module]) -> None:
-    """Load each module strictly."""
+    """Load each module strictly; a split one takes its part."""
     for name, module in modules.items():
-        load_state(module, folder / f"{name}.safetensors")
+        tensors = read_state(module, folder / f"{name}.safetensors")
+        own = module.state_dict()
+        module.load_state_dict({key: placed(tensor, own[key]) for key, tensor in tensors.items()})
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
@@ -144,7 +159,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parame
 def load_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[nn.Parameter, str]
 ) -> None:
-    """Restore what ``optimizer_tensors`` gave; moments take their parameter's device and memory layout."""
+    """Restore what ``optimizer_tensors`` gave; moments take their parameter's device, layout and split."""
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         moment, name = key.split("/", 1)
@@ -156,11 +171,16 @@ def load_optimizer(
     for parameter, name in names.items():
         if name in by_name:
             optimizer.state[parameter] = {
-                moment: torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+                moment: _moment(tensor, parameter)
                 if tensor.shape == parameter.shape and moment != "step"
                 else tensor.clone()
                 for moment, tensor in by_name[name].items()
             }
+
+
+def _moment(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    empty = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
+    return empty.copy_(placed(tensor, parameter))
 
 
 # --- files
@@ -180,8 +200,9 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write JSON; floats survive exactly."""
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """Write JSON, atomically; floats survive exactly."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -79,11 +79,14 @@ class LoopConfig:
             times the number of processes samples.
         optimizer: AdamW's settings.
         schedule: The learning rate's course.
-        max_grad_norm: Gradients are scaled down to this global L2 norm; 0 leaves them alone.
+        max_grad_norm: Gradients are scaled down to this global L2 norm, the opponents' by themselves; 0 leaves
+            them alone.
         ema_decay: Decay of the exponential moving average of the weights (it ramps up from 0.1 over the first
             updates); the average is what is validated and exported. 0 keeps none.
         seed: Decides data order, noise and every other draw of the run.
         mixed_precision: "no" (fp32), or autocast to "bf16" or "fp16". Weights and averages stay fp32.
+        sharding: With several processes, "ddp" keeps the whole model in each of them, "fsdp2" a part of its weights,
+            moments and average. Checkpoints are the same, and a run may go on under the other.
         max_minutes: Save and stop after this much wall-clock time; 0 sets no limit.
         log_every: Steps between scalars.
         validate_every: Steps between validations; 0 for none.
@@ -104,6 +107,7 @@ class LoopConfig:
     ema_decay: float = 0.999
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    sharding: Literal["ddp", "fsdp2"] = "ddp"
     max_minutes: float = 0.0
     log_every: int = 10
     validate_every: int = 0
@@ -128,18 +132,24 @@ class LoopConfig:
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "a number in [0, 1)")
         precisions = ("no", "bf16", "fp16")
         require(self.mixed_precision in precisions, "mixed_precision", self.mixed_precision, "no, bf16 or fp16")
+        require(self.sharding in ("ddp", "fsdp2"), "sharding", self.sharding, '"ddp" or "fsdp2"')
+        require(
+            self.sharding == "ddp" or self.mixed_precision != "fp16",
+            "mixed_precision",
+            self.mixed_precision,
+            "no or bf16 with sharding fsdp2",
+        )
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that decide the weights: a checkpoint made under others cannot be continued.
 
-        How often a run logs, validates or saves, where it does so, how many workers feed it and when it is
-        stopped leave the weights alone. With a constant schedule so does ``max_steps``: such a run may be
-        made longer.
+        How often a run logs, validates or saves, where it does so, how many workers feed it, whether its weights
+        are sharded and when it is stopped leave the weights alone. With a constant schedule so does ``max_steps``:
+        such a run may be made longer.
         """
         settings = asdict(self)
         for name in _HARMLESS:
             del settings[name]
-        settings["optimizer"]["betas"] = list(self.optimizer.betas)
         if self.schedule.kind == "constant":
             del settings["max_steps"]
         return settings
@@ -155,6 +165,7 @@ _HARMLESS = (
     "num_workers",
     "resume",
     "tensorboard",
+    "sharding",
 )
 
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fsae.training.sharding import placed
+
 
 class MovingAverage:
     """Averages every parameter that is trained: e <- d e + (1 - d) w after each update.
@@ -36,9 +38,9 @@ class MovingAverage:
 
     @torch.no_grad()
     def load(self, shadow: Mapping[str, Tensor]) -> None:
-        """Take over a stored average; its names are those of ``shadow``."""
+        """Take over a stored average of whole tensors; its names are those of ``shadow``."""
         for name, tensor in self.shadow.items():
-            tensor.copy_(shadow[name])
+            tensor.copy_(placed(shadow[name], tensor))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
+from fsae.errors import UserError
 from fsae.files import atomic_path
 
 
@@ -31,25 +35,40 @@ class Logs:
 
     def scalars(self, scalars: Mapping[str, float], step: int) -> None:
         """Write training scalars."""
-        if self.writer is not None:
+        with self._going_on_without():
             for name, value in scalars.items():
-                self.writer.add_scalar(f"train/{name}", value, step)
+                self._events("add_scalar", f"train/{name}", value, step)
 
     def validation(self, results: Mapping[str, Tensor], step: int) -> None:
         """Write a validation's scalars (0-d) and images (3 H W in [0, 1])."""
-        for name, value in results.items():
-            if value.ndim == 0:
-                if self.writer is not None:
-                    self.writer.add_scalar(f"validation/{name}", float(value), step)
-                continue
-            pixels = (value.detach().float().clamp(0, 1) * 255).round().byte().cpu()
-            if self.writer is not None:
-                self.writer.add_image(f"validation/{name}", pixels, step)
-            self.images.mkdir(exist_ok=True)
-            with atomic_path(self.images / f"{step:08d}-{name}.png") as path:
-                Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+        with self._going_on_without():
+            for name, value in results.items():
+                if value.ndim == 0:
+                    self._events("add_scalar", f"validation/{name}", float(value), step)
+                else:
+                    self._image(name, (value.detach().float().clamp(0, 1) * 255).round().byte().cpu(), step)
 
     def close(self) -> None:
         """Flush what is still to be written."""
+        with self._going_on_without():
+            if self.writer is not None:
+                self.writer.close()
+
+    def _events(self, kind: str, *arguments: Any) -> None:
         if self.writer is not None:
-            self.writer.close()
+            getattr(self.writer, kind)(*arguments)
+
+    def _image(self, name: str, pixels: Tensor, step: int) -> None:
+        self._events("add_image", f"validation/{name}", pixels, step)
+        self.images.mkdir(exist_ok=True)
+        with atomic_path(self.images / f"{step:08d}-{name}.png") as path:
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+
+    @contextmanager
+    def _going_on_without(self) -> Iterator[None]:
+        """A disk that has no room for a picture may still have enough for what counts, or be cleared in time."""
+        try:
+            yield
+        except (OSError, UserError) as error:
+            self.writer = None
+            tqdm.write(f"logs could not be written ({error}); training goes on, without events from here", sys.stderr)

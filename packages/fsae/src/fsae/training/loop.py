@@ -11,13 +11,15 @@ that is killed and resumed gives, in fp32, bit for bit the weights of one that w
 from __future__ import annotations
 
 import importlib.util
+import math
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -31,59 +33,23 @@ from tqdm import tqdm
 
 from fsae.checkpoint import save_state
 from fsae.errors import UserError
-from fsae.training import checkpointing
-from fsae.training.config import LoopConfig, OptimizerConfig
+from fsae.training import checkpointing, sharding
+from fsae.training.config import LoopConfig
 from fsae.training.ema import MovingAverage
 from fsae.training.logs import Logs
-from fsae.training.order import DataOrder, EpochItems, MicroBatches, derived_generator, derived_seed
-from fsae.training.stopping import StopRequests, leave_signals_to_the_main_process
+from fsae.training.order import EpochItems, MicroBatches, derived_generator, derived_seed, order_of
+from fsae.training.stopping import StopRequests, WorkerSignals
+from fsae.training.task import KEEP, Task, decay_groups
+from fsae.training.trained import Trained
+
+__all__ = ["Task", "TrainingResult", "train"]
 
 StopReason = Literal["signal", "time"]
 
-
-class Task:
-    """What is trained. Subclass it, set ``modules`` and write ``loss``.
-
-    Attributes:
-        modules: What is trained, saved and averaged, by name. Parameters with ``requires_grad=False`` keep
-            their value.
-        frozen: Modules that the loss only reads (a perceptual network, a frozen encoder). The loop puts them
-            on the device in eval mode; they are not saved.
-        settings: JSON values that decide the weights beside the loop's own (a model's config, loss weights).
-            They are stored in each checkpoint, and a run with other values is not resumed.
-    """
-
-    modules: Mapping[str, nn.Module]
-    frozen: Mapping[str, nn.Module] = MappingProxyType({})
-    settings: Mapping[str, Any] = MappingProxyType({})
-
-    def loss(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """The loss of one micro-batch, already on the device.
-
-        Args:
-            batch: What ``collate`` made of the dataset's items.
-            generator: CPU generator that follows from (seed, step, micro-batch, process). Draw all noise from
-                it.
-
-        Returns:
-            "loss", a scalar with a gradient, and any further scalars to log.
-        """
-        raise NotImplementedError
-
-    def validate(self, step: int) -> dict[str, Tensor]:
-        """Images (3 H W in [0, 1]) and scalars (0-d) to log.
-
-        Called in the main process only, in eval mode, without grad, with the averaged weights in place.
-        """
-        return {}
-
-    def parameter_groups(self, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-        """AdamW's groups: by default matrices and kernels with weight decay, vectors without."""
-        parameters = [p for module in self.modules.values() for p in module.parameters() if p.requires_grad]
-        return [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optimizer.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+# In a checkpoint, what belongs to the model and what to its opponents.
+_OPTIMIZERS = ("optimizer", "opponent-optimizer")
+_SCALERS = ("scaler", "opponent_scaler")
+_OTHER_FILES = ("ema", *_OPTIMIZERS)
 
 
 @dataclass
@@ -97,6 +63,8 @@ class TrainingResult:
         is_main_process: Whether this process is the one that should write the exported model.
         modules: The trained modules, holding the trained weights until they are exported.
         average: The moving average, or None with ema_decay 0.
+        templates: Under sharding "fsdp2", where the modules hold but a part of the weights: what ``export`` makes
+            whole again.
     """
 
     step: int
@@ -105,13 +73,19 @@ class TrainingResult:
     is_main_process: bool
     modules: Mapping[str, nn.Module]
     average: MovingAverage | None = field(repr=False)
+    templates: Mapping[str, nn.Module] | None = field(default=None, repr=False)
 
     def export(self, name: str) -> nn.Module:
-        """The module ``name`` in eval mode, with the averaged weights if there is an average."""
+        """The module ``name`` in eval mode, with the averaged weights if there is an average.
+
+        Under sharding "fsdp2" all processes must call it; each gets a whole module.
+        """
         if name not in self.modules:
             raise UserError(f"{name!r} was not trained; trained were {', '.join(self.modules)}")
         if self.average is not None:
             self.average.copy_to_weights()
+        if self.templates is not None:
+            return sharding.assembled(self.modules[name], self.templates[name]).eval()
         return self.modules[name].eval()
 
 
@@ -131,25 +105,21 @@ def train(
     Raises:
         UserError: an empty dataset; a checkpoint made under other settings; a loss or gradient that is not
             finite (the batch is saved, no update is made); TensorBoard wanted but not installed; a checkpoint
-            that cannot be written.
+            that cannot be written; fp16 without a GPU; two modules of one name.
     """
     if len(dataset) == 0:
         raise UserError("the dataset is empty; give at least one sample")
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("TensorBoard is not installed; pip install 'fsae[train]', or set tensorboard to false")
+    names = [*task.modules, *task.opponents]
+    if len({*names, *_OTHER_FILES}) < len(names) + len(_OTHER_FILES):
+        raise UserError(
+            f"modules and opponents are called {', '.join(names)}; each is a file of the checkpoint, so give them "
+            f"different names, other than {', '.join(_OTHER_FILES)}"
+        )
+    if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        raise UserError("mixed_precision fp16 needs a GPU; set it to no or bf16")
     return _Run(task, dataset, config, collate or default_collate).go()
-
-
-class _Step(nn.Module):
-    """Every trained module under one forward, so that DDP and autocast see the whole loss."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        self.trained = nn.ModuleDict(dict(task.modules))
-        self._loss = task.loss
-
-    def forward(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        return self._loss(batch, generator)
 
 
 class _Run:
@@ -166,47 +136,38 @@ class _Run:
         )
         self.rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
-        self.order = DataOrder(
-            len(dataset),
-            config.seed,
-            config.batch_size,
-            config.gradient_accumulation_steps,
-            processes,
-            self.rank,
-        )
-        self.dataset, self.collate = EpochItems(dataset), collate
+        cut = (config.seed, config.batch_size, config.gradient_accumulation_steps, processes, self.rank)
+        self.order = order_of(dataset, *cut)
+        self.dataset, self.collate, self.worker_signals = EpochItems(dataset), collate, WorkerSignals()
         self.settings = {
             "loop": config.result_settings(),
             "task": dict(task.settings),
             "data": {"samples": len(dataset), **getattr(dataset, "settings", {})},
             "processes": processes,
+            **({"opponent_optimizer": asdict(task.opponent_optimizer)} if task.opponents else {}),
         }
         for module in task.frozen.values():
             module.to(self.accelerator.device).eval()
-        self.model = self.accelerator.prepare(_Step(task).to(self.accelerator.device))
-        self.names = {
-            p: f"{name}.{key}" for name, m in task.modules.items() for key, p in m.named_parameters() if p.requires_grad
-        }
-        self.optimizer = self.accelerator.prepare(self._make_optimizer())
-        weights = {name: p for p, name in self.names.items()}
-        self.average = MovingAverage(weights, config.ema_decay) if config.ema_decay > 0 else None
+        self._make_trained(sharded=config.sharding == "fsdp2" and processes > 1)
         self.saved_at = -1
 
-    def _make_optimizer(self) -> torch.optim.AdamW:
-        settings = self.config.optimizer
-        groups = [g for g in self.task.parameter_groups(settings) if g["params"]]
-        if not groups:
-            raise UserError("nothing to train: no parameter of the given modules requires a gradient")
-        optimizer = torch.optim.AdamW(
-            groups,
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
+    def _make_trained(self, sharded: bool) -> None:
+        task, config = self.task, self.config
+        self.templates = {name: sharding.template(m) for name, m in task.modules.items()} if sharded else None
+        self.model = Trained(
+            self.accelerator, task.modules, task.parameter_groups, config.optimizer, config, sharded=sharded
         )
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-        return optimizer
+        self.opponents: Trained | None = None
+        if task.opponents:
+            # Never sharded: they are small, and the model's loss calls them outside of their own forward.
+            groups = partial(decay_groups, task.opponents.values())
+            self.opponents = Trained(self.accelerator, task.opponents, groups, task.opponent_optimizer, config)
+        weights = {name: p for p, name in self.model.names.items()}
+        self.average = MovingAverage(weights, config.ema_decay) if config.ema_decay > 0 else None
+
+    @property
+    def _all_trained(self) -> list[Trained]:
+        return [self.model] if self.opponents is None else [self.model, self.opponents]
 
     # --- the course of a run
     # -------------------------------------------------------------------------------------
@@ -228,10 +189,13 @@ class _Run:
             with StopRequests(self.config.max_minutes) as requests:
                 step, stopped = self._steps(start, logs, progress, requests)
         finally:
+            self.worker_signals.run_has_ended()
             progress.close()
             if logs is not None:
                 logs.close()
-        return TrainingResult(step, stopped, self.output_dir, self.main, self.task.modules, self.average)
+        return TrainingResult(
+            step, stopped, self.output_dir, self.main, self.task.modules, self.average, self.templates
+        )
 
     def _steps(
         self, start: int, logs: Logs | None, progress: Any, requests: StopRequests
@@ -240,12 +204,14 @@ class _Run:
         batches = self._batches(start)
         stopped: StopReason | None = None
         step, since, began = start, start, time.monotonic()
-        self.model.train()
+        for trained in self._all_trained:
+            trained.forward.train()
         while step < config.max_steps and stopped is None:
             scalars, stopped = self._update(step, batches, requests)
             step += 1
             progress.update()
-            progress.set_postfix(loss=f"{scalars['loss']:.4g}", refresh=False)
+            shown = {name: f"{scalars[name]:.4g}" for name in ("loss", "opponent_loss") if name in scalars}
+            progress.set_postfix(shown, refresh=False)
             if step % config.log_every == 0:
                 seconds = max(time.monotonic() - began, 1e-9)
                 scalars |= self._mean_over_processes(scalars) | {"steps_per_second": (step - since) / seconds}
@@ -264,37 +230,49 @@ class _Run:
         self, step: int, batches: Iterator[Any], requests: StopRequests
     ) -> tuple[dict[str, float], StopReason | None]:
         """One optimiser step. Everything that needs the device's answer is read back in one go."""
+        self.task.step = step
         factor = self.config.schedule.factor(step, self.config.max_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+        rates = [trained.set_rate(factor) for trained in self._all_trained]
         seen, outputs = [], []
         for micro in range(self.config.gradient_accumulation_steps):
-            batch = send_to_device(next(batches), self.accelerator.device, non_blocking=True)
-            generator = derived_generator(self.config.seed, step, micro, self.rank, 1)
-            with self.accelerator.accumulate(self.model):
-                output = self.model(batch, generator)
-                self.accelerator.backward(output["loss"])
-            seen.append(batch)
-            outputs.append({name: value.detach().float() for name, value in output.items()})
-        norm = self.accelerator.clip_grad_norm_(list(self.names), self.config.max_grad_norm or float("inf"))
-        losses = torch.stack([output["loss"] for output in outputs])
-        means = {name: torch.stack([o[name] for o in outputs]).mean() for name in outputs[0]}
+            seen.append(send_to_device(next(batches), self.accelerator.device, non_blocking=True))
+            with self.accelerator.accumulate(*(trained.forward for trained in self._all_trained)):
+                outputs.append(self._differentiate(seen[-1], step, micro))
+        means = {name: torch.stack([output[name] for output in outputs]).mean() for name in outputs[0]}
+        norms = [trained.clip(self.config.max_grad_norm) for trained in self._all_trained]
+        losses = torch.stack([o[name] for o in outputs for name in ("loss", "opponent_loss") if name in o])
         finite = losses.isfinite().all()
-        if self.config.mixed_precision != "fp16":  # there the loss scaler skips an overflow by itself
-            finite = finite & norm.isfinite()
+        if self.config.mixed_precision != "fp16":  # there the loss scalers skip an overflow by themselves
+            finite = finite & torch.stack(norms).isfinite().all()
         bad, wanted = self._agree(~finite, requests.pending())
         if bad:
-            self._stop_on_non_finite(step, seen, losses, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            self._stop_on_non_finite(step, seen, outputs, norms)
+        for trained in self._all_trained:
+            trained.step()
         if self.average is not None:
             self.average.update(step)
-        values = torch.stack([*means.values(), norm.float()]).tolist()
-        scalars = dict(zip([*means, "gradient_norm"], values, strict=True))
-        scalars["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        means |= dict(zip(("gradient_norm", "opponent_gradient_norm"), norms, strict=False))
+        scalars = dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
+        scalars |= dict(zip(("learning_rate", "opponent_learning_rate"), rates, strict=False))
         return scalars, wanted
 
-    def _agree(self, bad: Tensor, wanted: StopReason | None) -> tuple[bool, StopReason | None]:
+    def _differentiate(self, batch: Any, step: int, micro: int) -> dict[str, Tensor]:
+        """Add one micro-batch's gradients, the model's and then its opponents'; returns the scalars."""
+        task, model, opponents = self.task, self.model, self.opponents
+        generators = [derived_generator(self.config.seed, step, micro, self.rank, player) for player in (1, 2)]
+        with nullcontext() if opponents is None else opponents.untouched():
+            output = model.forward(task.loss, batch, generators[0])
+            model.backward(output["loss"])  # in here, since checkpointed blocks run once more
+        kept = {name: output.pop(name).detach() for name in list(output) if name.startswith(KEEP)}
+        if opponents is not None:
+            with model.untouched():
+                answer = opponents.forward(task.opponent_loss, batch, kept, generators[1], step)
+                if "loss" in answer:
+                    opponents.backward(answer["loss"])
+            output |= {f"opponent_{name}": value for name, value in answer.items()}
+        return {name: value.detach().float() for name, value in output.items()}
+
+    def _agree(self, bad: Tensor, wanted: StopReason | None = None) -> tuple[bool, StopReason | None]:
         """All processes stop at the same step: one's trouble or request is everyone's."""
         reasons: list[StopReason | None] = [None, "time", "signal"]
         if self.accelerator.num_processes == 1:
@@ -310,13 +288,14 @@ class _Run:
         return dict(zip(scalars, self.accelerator.reduce(values, "mean").tolist(), strict=True))
 
     def _batches(self, start: int) -> Iterator[Any]:
+        config = self.config
         loader: DataLoader[Any] = DataLoader(
             self.dataset,
-            batch_sampler=MicroBatches(self.order, start, self.config.max_steps),
-            num_workers=self.config.num_workers,
+            batch_sampler=MicroBatches(self.order, config.gradient_accumulation_steps, start, config.max_steps),
+            num_workers=config.num_workers,
             collate_fn=self.collate,
             pin_memory=self.accelerator.device.type == "cuda",
-            worker_init_fn=leave_signals_to_the_main_process,
+            worker_init_fn=self.worker_signals,
             generator=torch.Generator(),  # keeps the loader from drawing on the global generator
         )
         return iter(loader)
@@ -324,38 +303,41 @@ class _Run:
     # --- the rare events
     # -----------------------------------------------------------------------------------------
 
-    def _stop_on_non_finite(self, step: int, batches: list[Any], losses: Tensor, norm: Tensor) -> None:
+    def _stop_on_non_finite(
+        self, step: int, batches: list[Any], outputs: list[dict[str, Tensor]], norms: list[Tensor]
+    ) -> None:
         path = self.output_dir / f"nonfinite-{step:08d}-{self.rank:05d}.safetensors"
-        report = {
-            "step": step,
-            "rank": self.rank,
-            "seed": self.config.seed,
-            "losses": [str(v) for v in losses.tolist()],
-            "gradient_norm": str(norm.item()),
-        }
-        checkpointing.save_batch(path, batches, report)
-        what = "the gradient" if losses.isfinite().all() else "the loss"
+        report: dict[str, Any] = {"step": step, "rank": self.rank, "seed": self.config.seed}
+        culprit = ""
+        for player, norm in zip(("", "opponent_"), norms, strict=False):
+            losses = [output[f"{player}loss"].item() for output in outputs if f"{player}loss" in output]
+            report |= {f"{player}losses": [str(v) for v in losses], f"{player}gradient_norm": str(norm.item())}
+            if not culprit and not math.isfinite(sum(losses) + norm.item()):
+                what = "gradient" if math.isfinite(sum(losses)) else "loss"
+                culprit = f"the opponents' {what}" if player else f"the {what}"
+        attempt = checkpointing.Attempt()
+        attempt(checkpointing.save_batch, path, batches, report)
+        where = f"is in {path}; look at it" if attempt.error is None else f"could not be kept ({attempt.error})"
         raise UserError(
-            f"{what} of step {step} is not finite, so no update was made; the batch is in {path}; look at "
-            "it, or lower the learning rate, and run again to go on from the last checkpoint"
+            f"{culprit or 'a loss in another process'} of step {step} is not finite, so no update was made; "
+            f"the batch {where}; lower the learning rate, and run again to go on from the last checkpoint"
         )
 
     def _validate(self, step: int, logs: Logs | None) -> None:
-        """Validate in the main process; the run's random state is the same afterwards."""
-        if logs is not None:
+        """Validate; the run's random state is the same afterwards."""
+        if self.main or self.model.sharded:
             state = checkpointing.random_state()
-            training = {m: m.training for module in self.task.modules.values() for m in module.modules()}
-            for module in self.task.modules.values():
-                module.eval()
-            with torch.no_grad(), self.accelerator.autocast():
-                if self.average is None:
-                    results = self.task.validate(step)
-                else:
-                    with self.average.swapped_in():
-                        results = self.task.validate(step)
-            logs.validation(results, step)
-            for module, mode in training.items():
-                module.training = mode
+            with ExitStack() as stack:
+                for trained in self._all_trained:
+                    stack.enter_context(trained.evaluated())
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(self.accelerator.autocast())
+                if self.average is not None:
+                    stack.enter_context(self.average.swapped_in())
+                sharded = self.model.sharded
+                results = self.model.forward(self.task.validate, step) if sharded else self.task.validate(step)
+            if logs is not None:
+                logs.validation(results, step)
             checkpointing.restore_random_state(*state)
         self.accelerator.wait_for_everyone()
 
@@ -363,38 +345,51 @@ class _Run:
         """Write the checkpoint of ``step`` and make it the newest."""
         temporary = checkpointing.temporary_folder(self.output_dir, step)
         final = checkpointing.checkpoint_folder(self.output_dir, step)
-        try:
+        attempt = checkpointing.Attempt()
+        if self.main:
+            attempt(checkpointing.remove_partial, self.output_dir)
+            attempt(temporary.mkdir)
+        for name, tensors in self._state():
+            whole = sharding.gathered(tensors, keep=self.main)
             if self.main:
-                checkpointing.remove_partial(self.output_dir)
-                temporary.mkdir()
-                self._write_shared_state(temporary, step)
-            self.accelerator.wait_for_everyone()
-            checkpointing.save_random_state(temporary, self.rank)
-            self.accelerator.wait_for_everyone()
-            if self.main:
-                checkpointing.publish(temporary, final, self.config.keep_checkpoints)
-        except OSError as error:
-            checkpointing.remove_partial(self.output_dir)
-            raise UserError(f"the checkpoint of step {step} could not be written to {final} ({error})") from error
-        self.accelerator.wait_for_everyone()
+                attempt(save_state, whole, temporary / name)
+        if self.main:
+            attempt(checkpointing.write_json, temporary / "state.json", self._values(step))
+        self._end_if_failed(attempt, step)
+        attempt(checkpointing.save_random_state, temporary, self.rank)
+        self._end_if_failed(attempt, step)
+        if self.main:
+            attempt(checkpointing.publish, temporary, final, self.config.keep_checkpoints)
+        self._end_if_failed(attempt, step)
         self.saved_at = step
 
-    def _write_shared_state(self, folder: Path, step: int) -> None:
-        checkpointing.save_modules(folder, self.task.modules)
+    def _end_if_failed(self, attempt: checkpointing.Attempt, step: int) -> None:
+        """Wait for everyone; if writing failed in one process, all of them end."""
+        failed, _ = self._agree(torch.tensor(attempt.error is not None, device=self.accelerator.device))
+        if not failed:
+            return
+        if self.main:
+            checkpointing.remove_partial(self.output_dir)
+        raise UserError(
+            f"the checkpoint of step {step} could not be written to {self.output_dir} "
+            f"({attempt.error or 'another process failed'}); earlier checkpoints are as they were: make room and "
+            "run again to go on from the newest"
+        ) from attempt.error
+
+    def _state(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+        """The tensors of a checkpoint, by file."""
+        for trained in self._all_trained:
+            for name, module in trained.modules.items():
+                yield f"{name}.safetensors", module.state_dict()
         if self.average is not None:
-            save_state(self.average.shadow, folder / "ema.safetensors")
-        moments = checkpointing.optimizer_tensors(self.optimizer.optimizer, self.names)
-        save_state(moments, folder / "optimizer.safetensors")
+            yield "ema.safetensors", self.average.shadow
+        for name, trained in zip(_OPTIMIZERS, self._all_trained, strict=False):
+            yield f"{name}.safetensors", trained.moments()
+
+    def _values(self, step: int) -> dict[str, Any]:
         epoch, offset = self.order.position(step)
-        scaler = self.accelerator.scaler
-        state = {
-            "step": step,
-            "epoch": epoch,
-            "offset": offset,
-            "settings": self.settings,
-            "scaler": scaler.state_dict() if scaler is not None else {},
-        }
-        checkpointing.write_json(folder / "state.json", state)
+        scalers = {key: trained.scaler.state_dict() for key, trained in zip(_SCALERS, self._all_trained, strict=False)}
+        return {"step": step, "epoch": epoch, "offset": offset, "settings": self.settings, **scalers}
 
     def _resume(self) -> int:
         """Load the newest complete checkpoint, if there is one; returns the step to go on from."""
@@ -412,13 +407,13 @@ class _Run:
             )
         state = checkpointing.read_json(folder / "state.json")
         checkpointing.check_settings(folder, state["settings"], self.settings)
-        checkpointing.load_modules(folder, self.task.modules)
+        for trained, optimizer, scaler in zip(self._all_trained, _OPTIMIZERS, _SCALERS, strict=False):
+            checkpointing.load_modules(folder, trained.modules)
+            trained.load_moments(checkpointing.load_tensors(folder / f"{optimizer}.safetensors"))
+            if trained.scaler.is_enabled():
+                trained.scaler.load_state_dict(state[scaler])
         if self.average is not None:
             self.average.load(checkpointing.load_tensors(folder / "ema.safetensors"))
-        moments = checkpointing.load_tensors(folder / "optimizer.safetensors")
-        checkpointing.load_optimizer(self.optimizer.optimizer, moments, self.names)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
         checkpointing.load_random_state(folder, self.rank)
         self.saved_at = int(state["step"])
         if self.main:

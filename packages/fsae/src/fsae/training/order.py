@@ -8,9 +8,9 @@ samples into micro-batches see the same samples in the same update.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,29 @@ def derived_seed(*parts: int) -> int:
 def derived_generator(*parts: int) -> torch.Generator:
     """A CPU generator seeded by ``derived_seed``."""
     return torch.Generator().manual_seed(derived_seed(*parts))
+
+
+Key = tuple[Any, ...]
+
+
+class Order(Protocol):
+    """Which samples one process sees when, as a pure function of the step; a dataset may bring its own."""
+
+    def position(self, step: int) -> tuple[int, int]:
+        """(epoch, offset) of a step's first sample, for the record."""
+        ...
+
+    def micro_batch(self, step: int, micro: int) -> Sequence[Key]:
+        """The keys of this process's micro-batch ``micro`` of ``step``; any number, at least one."""
+        ...
+
+
+def order_of(dataset: Any, seed: int, batch_size: int, accumulation: int, processes: int, rank: int) -> Order:
+    """What the dataset's method ``order`` returns for these five numbers, or the ``DataOrder`` of a plain dataset."""
+    if hasattr(dataset, "order"):
+        order: Order = dataset.order(seed, batch_size, accumulation, processes, rank)
+        return order
+    return DataOrder(len(dataset), seed, batch_size, accumulation, processes, rank)
 
 
 @dataclass
@@ -70,29 +93,30 @@ class DataOrder:
         return [self.entry(number) for number in range(first, first + self.batch_size)]
 
 
-class MicroBatches(Sampler[list[tuple[int, int]]]):
-    """Batch sampler: this process's micro-batches from ``start`` up to ``stop`` steps."""
+class MicroBatches(Sampler[list[Key]]):
+    """Batch sampler: this process's micro-batches, ``accumulation`` a step, from ``start`` up to ``stop`` steps."""
 
-    def __init__(self, order: DataOrder, start: int, stop: int) -> None:
+    def __init__(self, order: Order, accumulation: int, start: int, stop: int) -> None:
         self.order = order
+        self.accumulation = accumulation
         self.start = start
         self.stop = stop
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         for step in range(self.start, self.stop):
-            for micro in range(self.order.accumulation):
-                yield self.order.micro_batch(step, micro)
+            for micro in range(self.accumulation):
+                yield list(self.order.micro_batch(step, micro))
 
     def __len__(self) -> int:
-        return (self.stop - self.start) * self.order.accumulation
+        return (self.stop - self.start) * self.accumulation
 
 
 class EpochItems(Dataset[Any]):
-    """A dataset addressed by (index, epoch).
+    """A dataset addressed by the keys of its order, (index, epoch) if it brings none.
 
-    An item must be a pure function of these two numbers, or a resumed run is not the run that was
-    interrupted. A dataset that draws anew in each epoch (crops, frame positions) offers ``sample(index,
-    epoch)``; any other is asked by ``dataset[index]``.
+    An item must be a pure function of its key, or a resumed run is not the run that was interrupted. A dataset that
+    draws anew in each epoch (crops, frame positions) offers ``sample(index, epoch)``, one with an order of its own
+    ``sample(*key)``; any other is asked by ``dataset[index]``.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -101,8 +125,7 @@ class EpochItems(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        index, epoch = key
+    def __getitem__(self, key: Key) -> Any:
         if hasattr(self.dataset, "sample"):
-            return self.dataset.sample(index, epoch)
-        return self.dataset[index]
+            return self.dataset.sample(*key)
+        return self.dataset[key[0]]

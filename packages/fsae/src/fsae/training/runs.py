@@ -11,7 +11,9 @@ from typing import Any, Protocol
 
 from torch.utils.data import default_collate
 
-from fsae.data.datasets import VideoFolder
+from fsae.data.buckets import BucketedClips
+from fsae.data.datasets import ClipDataset, VideoFolder
+from fsae.data.settings import ClipsConfig
 from fsae.training.config import LoopConfig
 from fsae.training.loop import TrainingResult
 
@@ -37,20 +39,30 @@ class ClipSettings(Protocol):
     def validation_samples(self) -> int: ...
 
 
-def read_samples(config: ClipSettings, dataset: Any = None, validation: Any = None) -> tuple[Any, Any, Any]:
+def read_samples(
+    config: ClipSettings, dataset: Any = None, validation: Any = None, mixture: ClipsConfig | None = None
+) -> tuple[Any, Any, Any]:
     """The samples to train on, those held out, and the batch of these to validate on, None if the run never does.
 
-    A dataset that is given stands for the ``VideoFolder`` that ``config`` describes; without held-out samples the first
-    training samples are validated on.
+    A dataset that is given stands for the clips that ``config`` describes, or that ``mixture`` does if there is one.
+    Without held-out samples the first training samples are validated on; of a mixture, whose clips differ in size, the
+    first of ``config``'s own length and size.
     """
 
     def clips(source: str) -> VideoFolder:
         size = (config.height, config.width)
         return VideoFolder(source, config.frames, size, stride=config.stride, seed=config.loop.seed)
 
-    samples = clips(config.data) if dataset is None else dataset
+    mixed = dataset is None and mixture is not None
+    if dataset is not None:
+        samples = dataset
+    else:
+        samples = clips(config.data) if mixture is None else BucketedClips(mixture, config.loop.seed)
     if validation is None:
-        validation = samples if config.validation_data is None else clips(config.validation_data)
+        if config.validation_data is not None:
+            validation = clips(config.validation_data)
+        else:
+            validation = clips(config.data) if mixed else samples
     if not config.loop.validate_every:
         return samples, validation, None
     count = min(config.validation_samples, len(validation))
@@ -60,7 +72,7 @@ def read_samples(config: ClipSettings, dataset: Any = None, validation: Any = No
 def finished(result: TrainingResult, max_steps: int, *sources: Any) -> bool:
     """Say what was skipped in reading the sources; whether the run came to its end, and if not, how to go on."""
     for source in {id(s): s for s in sources}.values():
-        if isinstance(source, VideoFolder) and source.skipped:
+        if isinstance(source, ClipDataset) and source.skipped:
             print(source.summary(), file=sys.stderr)
     if result.stopped == "signal":
         print(f"stopped at step {result.step} of {max_steps}; run again to go on", file=sys.stderr)

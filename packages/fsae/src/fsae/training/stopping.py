@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -41,7 +43,24 @@ class StopRequests:
         return "time" if time.monotonic() >= self.deadline else None
 
 
-def leave_signals_to_the_main_process(worker: int) -> None:
-    """For a loader's workers: terminals and schedulers signal the whole group, only the loop may answer."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+class WorkerSignals:
+    """A loader's ``worker_init_fn``: terminals and schedulers signal the whole group, only the loop may answer.
+
+    Once the run has ended, SIGTERM ends a worker again. Python sends it on exit to workers that are still there, as
+    they are when an error keeps hold of their loader, and waits for them.
+    """
+
+    def __init__(self) -> None:
+        self._ended = multiprocessing.RawValue("b", 0)
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._answer)
+
+    def _answer(self, number: int, frame: FrameType | None) -> None:
+        if self._ended.value:
+            os._exit(0)
+
+    def run_has_ended(self) -> None:
+        """Tell the workers, in the main process."""
+        self._ended.value = 1

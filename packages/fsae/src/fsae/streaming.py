@@ -1,0 +1,57 @@
+"""Streaming (exact in time): what one stream of chunks keeps of the frames that have passed.
+
+A convolution that looks back needs, at the start of a chunk, the last frames of the chunk before: two for a causal
+kernel of three taps, one for a causal stride of two and for a group-causal kernel. A `FrameCache` holds them; it is
+made by who streams, passed down explicitly, and never kept by a layer, so that one model serves many streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+class FrameCache:
+    """One stream's state: the input frames that each layer has kept for its next chunk.
+
+    A layer that is in the cache has begun its stream; one that is not sees the clip's first frame next. A spatial tile
+    is a stream of its own and needs a cache of its own.
+    """
+
+    def __init__(self) -> None:
+        self._frames: dict[nn.Module, Tensor] = {}
+
+    def __contains__(self, layer: nn.Module) -> bool:
+        return layer in self._frames
+
+    def __getitem__(self, layer: nn.Module) -> Tensor:
+        """The frames `B C n H W` that `layer` kept."""
+        return self._frames[layer]
+
+    def __setitem__(self, layer: nn.Module, frames: Tensor) -> None:
+        # A copy: a view would keep the whole chunk alive.
+        self._frames[layer] = frames.clone(memory_format=torch.contiguous_format)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all kept frames."""
+        return sum(frames.nbytes for frames in self._frames.values())
+
+
+def joined(pieces: Iterator[Tensor], frames: int) -> Tensor:
+    """Pieces `B C T' H W` written one after another into a clip of `frames` frames, so that no two copies stand."""
+    clip: Tensor | None = None
+    start = 0
+    for piece in pieces:
+        if piece.shape[2] == frames:
+            return piece
+        if clip is None:
+            clip = piece.new_empty(*piece.shape[:2], frames, *piece.shape[3:])
+        clip[:, :, start : start + piece.shape[2]] = piece
+        start += piece.shape[2]
+        del piece  # not alive beside the next
+    if clip is None:
+        raise ValueError("a clip of no pieces was asked for")
+    return clip

@@ -1,0 +1,273 @@
+"""Tiling (exact in space): the outer stages in parts of the frame, each with a halo, and how large the parts may be.
+
+The convolutional stages see a few cells around each place, so that a part of the frame with a halo of so many cells
+gives the part's inside exactly: no seam, no blend. The inner stages attend to the whole frame and run whole.
+
+Peak memory is foreseen by a plain count. At a stage, a block holds its input, its inside, the inside with neighbour
+frames and its output: `TENSORS` tensors of the stage's size; in half precision the norm makes two more, as it computes
+in fp32. The finest stage's tensors are the largest. Beside them stand the inner stages' output, the frames that a stream
+keeps, and the result. Weights are not counted, nor is what a library uses inside one operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from torch import Tensor
+
+from fsae.errors import UserError
+
+# Many kernels index with 32 bits.
+MAX_ELEMENTS = 2**31 - 1
+
+# Elements of an attention layer's inside, several times as wide as its input, that are made at once.
+INSIDE = 2**26
+
+TENSORS, TENSORS_IN_HALF = 4, 6
+
+# Percent: for what is small and not counted.
+MARGIN = 110
+
+
+def frames_at_once(x: Tensor, wider: int) -> int:
+    """Frames of x `B C T H W` whose tensors of `wider` x C channels hold about `INSIDE` elements; at least one."""
+    batch, channels, _, height, width = x.shape
+    return max(INSIDE // max(batch * wider * channels * height * width, 1), 1)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A rectangle of a frame, in cells of the resolution where the outer stages meet the inner ones."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @property
+    def bottom(self) -> int:
+        return self.top + self.height
+
+    @property
+    def right(self) -> int:
+        return self.left + self.width
+
+    def scaled(self, factor: int) -> Window:
+        """The same place where a cell is `factor` x `factor` smaller cells."""
+        return Window(self.top * factor, self.left * factor, self.height * factor, self.width * factor)
+
+    def grown(self, halo: int, height: int, width: int) -> Window:
+        """With `halo` more cells on every side, as far as a frame of `height` x `width` cells has them."""
+        top, left = max(self.top - halo, 0), max(self.left - halo, 0)
+        bottom, right = min(self.bottom + halo, height), min(self.right + halo, width)
+        return Window(top, left, bottom - top, right - left)
+
+    def inside(self, other: Window) -> Window:
+        """This window as seen from the corner of `other`, which holds it."""
+        return Window(self.top - other.top, self.left - other.left, self.height, self.width)
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Its rows and columns."""
+        return slice(self.top, self.bottom), slice(self.left, self.right)
+
+    def crop(self, x: Tensor) -> Tensor:
+        """The window's part of `... H W`, a view."""
+        return x[..., *self.slices]
+
+
+def tiled(
+    windows: Sequence[Window],
+    halo: int,
+    height: int,
+    width: int,
+    compute: Callable[[int, Window], Sequence[Tensor]],
+) -> list[Tensor]:
+    """What `compute` gives for a whole frame of `height` x `width` cells, computed window by window.
+
+    compute: the index of a window and that window grown by `halo` -> tensors `... H W`, each of the window at some
+        whole scale.
+    """
+    if len(windows) == 1:
+        return list(compute(0, windows[0]))
+    whole: list[Tensor] = []
+    for index, window in enumerate(windows):
+        wide = window.grown(halo, height, width)
+        parts = compute(index, wide)
+        for number, part in enumerate(parts):
+            scale = part.shape[-1] // wide.width
+            if number == len(whole):
+                whole.append(part.new_empty(*part.shape[:-2], height * scale, width * scale))
+            window.scaled(scale).crop(whole[number]).copy_(window.inside(wide).scaled(scale).crop(part))
+        del parts, part  # not alive beside the next window's
+    return whole
+
+
+@dataclass(frozen=True)
+class OuterStages:
+    """The convolutional stages of a stack as the plan sees them: sizes, no tensors.
+
+    Attributes:
+        widths: their channels, fine to coarse, and those of the stage inside them.
+        convolutions: in each of them.
+        temporal_stages: how many of them change the frame rate.
+        cell: pixels a cell of the inner stages is wide and high.
+        halo: cells around a place that they look at.
+        kept_frames: frames that a convolution keeps between chunks; 0 where the clip cannot be cut in time.
+    """
+
+    widths: tuple[int, ...]
+    convolutions: tuple[int, ...]
+    temporal_stages: int
+    cell: int
+    halo: int
+    kept_frames: int
+
+    def frames(self, stage: int, latents: int, begun: bool) -> int:
+        """Frames of a stage that stand for some latents; where they begin the clip, the first stands for one."""
+        factor = 2 ** max(self.temporal_stages - stage, 0)
+        return factor * latents if begun else factor * (latents - 1) + 1
+
+    def elements(self, latents: int, begun: bool, cells: int) -> list[int]:
+        """Of one video's features at each outer stage, neighbour frames included."""
+        return [
+            width * _with_neighbours(self.frames(s, latents, begun), begun) * cells * (self.cell >> s) ** 2
+            for s, width in enumerate(self.widths[:-1])
+        ]
+
+
+@dataclass(frozen=True)
+class Video:
+    """What is coded: its size in latents and cells, in numbers of how many bytes, and the elements of the result.
+
+    latents: None is a stream, whose end is not known.
+    result: what is made whole, of all chunks and tiles; 0 where each chunk's is handed out.
+    """
+
+    batch: int
+    latents: int | None
+    height: int
+    width: int
+    element_size: int
+    result: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the outer stages run.
+
+    Attributes:
+        height, width: of the frame, in cells.
+        grid: rows and columns of tiles.
+        latents: how many latents' frames at a time.
+        nbytes: foreseen peak memory.
+        elements: of the largest tensor.
+    """
+
+    height: int
+    width: int
+    grid: tuple[int, int]
+    latents: int
+    nbytes: int
+    elements: int
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """The tiles, without their halos: they cover the frame once."""
+        tall, wide = -(-self.height // self.grid[0]), -(-self.width // self.grid[1])
+        return tuple(
+            Window(top, left, min(tall, self.height - top), min(wide, self.width - left))
+            for top in range(0, self.height, tall)
+            for left in range(0, self.width, wide)
+        )
+
+
+def plan(stages: OuterStages, video: Video, memory: int | None, what: str, longest: int) -> Plan:
+    """The fewest tiles, and the longest chunks in time where the stages allow chunks, that fit.
+
+    Args:
+        stages: what runs.
+        video: on what.
+        memory: bytes that may be used; None is no limit but that of `MAX_ELEMENTS`.
+        what: "decode" or "encode", for the error.
+        longest: the chunk to try first, in latents.
+
+    Raises:
+        UserError: the smallest tiles and shortest chunks do not fit.
+    """
+    lengths = [longest]
+    while stages.kept_frames and lengths[-1] > 1:
+        lengths.append(-(-lengths[-1] // 2))
+    whole = ((length, (1, 1)) for length in lengths)
+    least: int | None = None
+    for length, grid in chain(whole, ((lengths[-1], grid) for grid in _grids(stages, video))):
+        found = foresee(stages, video, length, grid)
+        if found.elements <= MAX_ELEMENTS:
+            if memory is None or found.nbytes <= memory:
+                return found
+            least = found.nbytes if least is None else min(found.nbytes, least)
+    size = f"{video.width * stages.cell}x{video.height * stages.cell} pixels"
+    if video.latents is not None:
+        size += f" and {video.latents} latents"
+    if least is None:
+        raise UserError(
+            f"to {what} {video.batch} video(s) of {size} takes tensors of more than {MAX_ELEMENTS} elements; "
+            f"{what} fewer at once, or shorter or smaller ones"
+        )
+    raise UserError(
+        f"memory is {memory} bytes, but to {what} {video.batch} video(s) of {size} takes at least {least}, "
+        "in the smallest tiles; give that much, or a smaller video"
+    )
+
+
+def _grids(stages: OuterStages, video: Video) -> Iterator[tuple[int, int]]:
+    """Rows and columns of tiles, few first, and of as few those with less halo."""
+
+    def counts(cells: int) -> list[int]:
+        return sorted({-(-cells // side) for side in range(1, cells + 1)})
+
+    def computed(grid: tuple[int, int]) -> int:
+        return (video.height + 2 * stages.halo * (grid[0] - 1)) * (video.width + 2 * stages.halo * (grid[1] - 1))
+
+    grids = [(rows, columns) for rows in counts(video.height) for columns in counts(video.width)]
+    yield from sorted(grids, key=lambda grid: (grid[0] * grid[1], computed(grid)))
+
+
+def foresee(stages: OuterStages, video: Video, length: int, grid: tuple[int, int]) -> Plan:
+    """What it takes to run `length` latents at a time on a `grid` of rows and columns of tiles."""
+    begun = video.latents is None or length < video.latents
+    frame = video.batch * video.height * video.width
+    tile = _side(video.height, grid[0], stages.halo) * _side(video.width, grid[1], stages.halo)
+    outer = [video.batch * n for n in stages.elements(length, begun, tile)]
+    # A stream keeps the state of every tile and nothing whole; a clip goes tile by tile, all of its time in each.
+    tiles = grid[0] * grid[1] if video.latents is None else 1
+    inner = stages.widths[-1] * frame * (length if video.latents is None else video.latents)
+    wide = 8 * stages.widths[-1] * frame
+    inside = wide * _with_neighbours(min(max(INSIDE // wide, 1), length), begun)
+    kept = 0
+    if begun:
+        for s, (width, convolutions) in enumerate(zip(stages.widths, stages.convolutions, strict=False)):
+            places = video.batch * tiles * tile * (stages.cell >> s) ** 2
+            kept += convolutions * stages.kept_frames * width * places
+    tensors = TENSORS if video.element_size > 2 else TENSORS_IN_HALF
+    at_once = tensors * max(max(outer, default=0), inner + inside)
+    return Plan(
+        height=video.height,
+        width=video.width,
+        grid=grid,
+        latents=length,
+        nbytes=video.element_size * (at_once * MARGIN // 100 + inner + kept + video.result),
+        elements=max([*outer, inner, inside, video.result]),
+    )
+
+
+def _with_neighbours(frames: int, begun: bool) -> int:
+    """With those that a kernel of three taps adds at most; an image alone is convolved without."""
+    return frames + 2 if frames > 1 or begun else 1
+
+
+def _side(cells: int, count: int, halo: int) -> int:
+    """The longest of `count` parts of a line of cells, with its halo where it has neighbours."""
+    return min(-(-cells // count) + min(count - 1, 2) * halo, cells)

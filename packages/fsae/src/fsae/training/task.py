@@ -1,0 +1,92 @@
+"""What a training trains, and on which losses: the loop's only question to the models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fsae.training.config import OptimizerConfig
+
+KEEP = "keep_"
+
+
+class Task:
+    """What is trained. Subclass it, set ``modules`` and write ``loss``; for adversaries also ``opponents``.
+
+    Attributes:
+        modules: What is trained, saved and averaged, by name. Parameters with ``requires_grad=False`` keep
+            their value.
+        opponents: Modules that are trained against ``modules`` (a discriminator), by name: on ``opponent_loss``,
+            with an AdamW of their own. They are saved and resumed, not averaged. While ``loss`` runs and is
+            differentiated their parameters collect no gradients, nor do those of ``modules`` in
+            ``opponent_loss``.
+        opponent_optimizer: Settings of that AdamW; its rate follows the same schedule.
+        frozen: Modules that the loss only reads (a perceptual network, a frozen encoder). The loop puts them
+            on the device in eval mode; they are not saved.
+        settings: JSON values that decide the weights beside the loop's own (a model's config, loss weights).
+            They are stored in each checkpoint, and a run with other values is not resumed.
+        step: Updates done when the losses of the next one are computed; set by the loop.
+    """
+
+    modules: Mapping[str, nn.Module]
+    opponents: Mapping[str, nn.Module] = MappingProxyType({})
+    opponent_optimizer: OptimizerConfig = OptimizerConfig()
+    frozen: Mapping[str, nn.Module] = MappingProxyType({})
+    settings: Mapping[str, Any] = MappingProxyType({})
+    step: int = 0
+
+    def loss(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        """The loss of one micro-batch, already on the device.
+
+        Args:
+            batch: What ``collate`` made of the dataset's items.
+            generator: CPU generator that follows from (seed, step, micro-batch, process). Draw all noise from
+                it.
+
+        Returns:
+            "loss", a scalar with a gradient, and any further scalars to log. Tensors of any shape under names
+            that begin with "keep_" are not logged but handed to ``opponent_loss``, detached.
+        """
+        raise NotImplementedError
+
+    def opponent_loss(
+        self, batch: Any, outputs: Mapping[str, Tensor], generator: torch.Generator, step: int
+    ) -> dict[str, Tensor]:
+        """The opponents' loss of the same micro-batch, after the model's gradients of it are computed.
+
+        Args:
+            batch: As in ``loss``.
+            outputs: What ``loss`` returned under "keep_" names, with these names.
+            generator: Another generator than that of ``loss``, made in the same way.
+            step: Updates done.
+
+        Returns:
+            "loss", a scalar with a gradient, and any further scalars; logged as "opponent_loss", "opponent_...".
+            Without a "loss" the opponents rest; all processes must decide it alike.
+        """
+        raise NotImplementedError
+
+    def validate(self, step: int) -> dict[str, Tensor]:
+        """Images (3 H W in [0, 1]) and scalars (0-d) to log.
+
+        Called in eval mode, without grad, with the averaged weights in place; in the main process only, except
+        under sharding "fsdp2", where each process holds but a part of the weights and all call it alike.
+        """
+        return {}
+
+    def parameter_groups(self, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+        """AdamW's groups: by default matrices and kernels with weight decay, vectors without."""
+        return decay_groups(self.modules.values(), optimizer)
+
+
+def decay_groups(modules: Iterable[nn.Module], optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+    """Matrices and kernels with weight decay, vectors without."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optimizer.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]

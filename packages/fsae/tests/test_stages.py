@@ -1,0 +1,307 @@
+"""The parts of the stages: patches in the loss, the adversary, the alignment, the frozen encoder, the distillation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fsae.errors import UserError
+from fsae.layers.attention import FirstFrameAttention
+from fsae.losses.alignment import TrunkTeacher, teacher_features
+from fsae.losses.distillation import feature_distance, recorded, shared_stages
+from fsae.losses.perceptual import PerceptualLoss
+from fsae.model import FSAE
+from fsae.training.autoencoder import AutoencoderTask
+from fsae.training.config import LoopConfig, OptimizerConfig
+from fsae.training.loop import train
+from fsae.training.objective import Adversary, Alignment, Distillation
+from fsae.training.patches import draw_patch
+from fsae.training.stages import (
+    AdversarialConfig,
+    AlignmentConfig,
+    DistillationConfig,
+    PatchConfig,
+)
+from fsae.variants import to_lite, to_standard
+
+SIZES: dict[str, Any] = {
+    "widths": (8, 8, 8, 8, 8, 8, 8),
+    "latent_channels": 8,
+    "attention_head_dim": 8,
+    "injection_head_dim": 8,
+}
+
+
+def tiny(**options: Any) -> FSAE:
+    """With every path open: injection, offsets, noise."""
+    torch.manual_seed(0)
+    model = FSAE.from_preset("nano", **{**SIZES, "noise": 0.05, **options})
+    for module in model.modules():
+        if isinstance(module, FirstFrameAttention):
+            torch.nn.init.normal_(module.to_out.weight, std=0.3)
+    return model
+
+
+def clip(frames: int = 5, height: int = 64, width: int = 64, batch: int = 1, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, 3, frames, height, width, generator=generator) * 2 - 1
+
+
+def seeded(seed: int = 1) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def lpips_state() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+    state = {}
+    for index, (out, into, k) in shapes.items():
+        state[f"features.{index}.weight"] = torch.randn(out, into, k, k, generator=generator) / (into * k * k) ** 0.5
+        state[f"features.{index}.bias"] = torch.zeros(out)
+    for number, (out, _, _) in enumerate(shapes.values()):
+        state[f"lin{number}.model.1.weight"] = torch.rand(1, out, 1, 1, generator=generator)
+    return state
+
+
+class Clips(torch.utils.data.Dataset[dict[str, Any]]):
+    """A few clips of noise."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"video": clip(seed=index)[0]}
+
+
+# An epsilon of 1 makes the first update a known function of the gradient: -lr g / (|g| + 1).
+KNOWN = OptimizerConfig(learning_rate=0.1, eps=1.0)
+
+
+def one_step(folder: Path, **changes: Any) -> LoopConfig:
+    """The training of one known update."""
+    settings = {"max_steps": 1, "max_grad_norm": 0.0, "ema_decay": 0.0, "tensorboard": False, **changes}
+    return LoopConfig(str(folder), optimizer=KNOWN, **settings)
+
+
+# --- the whole objective
+
+
+def test_every_term_by_its_formula() -> None:
+    model, video = tiny(decoder_kind="causal", first_frame_injection=False, noise=0.0), clip(5)
+    perceptual = PerceptualLoss(lpips_state())
+    adversary = Adversary(AdversarialConfig(weight=0.1, width=2))
+    alignment = Alignment(model, TrunkTeacher(perceptual), AlignmentConfig("lpips", weight=0.5, positions=10_000))
+    task = AutoencoderTask(model, perceptual, 0.1, perceptual_slice=2, adversary=adversary, alignment=alignment)
+    terms = task.loss({"video": video}, seeded())
+    with torch.no_grad():
+        latents = model.encoder(video)
+        made = model(video)
+        expected = {
+            "l1": (made - video).abs().mean(),
+            "perceptual": torch.stack([perceptual(made[:, :, t], video[:, :, t]) for t in range(5)]).mean(),
+            "adversarial": torch.stack([F.softplus(-s).mean() for s in adversary.discriminator(made)]).mean(),
+        }
+        parts = alignment.loss(latents, teacher_features(alignment.teacher, video))
+        expected |= {"alignment_cosine": parts.cosine, "alignment_distance": parts.distance}
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-6)
+    whole = expected["l1"] + 0.1 * expected["perceptual"] + 0.1 * expected["adversarial"] + 0.5 * parts.total
+    torch.testing.assert_close(terms["loss"], whole, rtol=1e-4, atol=1e-6)
+    assert torch.equal(terms["keep_target"], video) and terms["keep_reconstruction"].shape == video.shape
+    assert set(task.modules) == {"autoencoder", "alignment"} and set(task.opponents) == {"discriminator"}
+    assert set(task.frozen) == {"perceptual", "teacher"}
+    terms["loss"].backward()
+    assert alignment.loss.projection.weight.grad is not None and alignment.loss.projection.weight.grad.any()
+
+
+def test_the_adaptive_alignment_balances_gradients() -> None:
+    model, video = tiny(noise=0.0), clip(5)
+    teacher = TrunkTeacher(PerceptualLoss(lpips_state()))
+    config = AlignmentConfig("lpips", cosine_margin=0.0, distance_margin=0.0, adaptive=0.3)
+    alignment = Alignment(model, teacher, config)
+    terms = AutoencoderTask(model, alignment=alignment).loss({"video": video}, seeded())
+    weight = model.encoder.conv_out.weight
+    total = terms["alignment_cosine"] + terms["alignment_distance"]
+    sizes = [torch.autograd.grad(x, weight, retain_graph=True)[0].norm() for x in (terms["l1"], total)]
+    torch.testing.assert_close(terms["alignment_weight"], 0.3 * sizes[0] / (sizes[1] + 1e-4))
+    torch.testing.assert_close(terms["loss"], terms["l1"] + terms["alignment_weight"] * total)
+
+
+def test_the_task_takes_its_loss_in_the_core() -> None:
+    model, video = tiny(), clip(5, 128, 128)
+    perceptual = PerceptualLoss(lpips_state())
+    task = AutoencoderTask(model, perceptual, 0.1, patch=PatchConfig(13))
+    terms = task.loss({"video": video}, seeded())
+    generator = seeded()
+    whole = model(video, generator)  # draws the noise first
+    patch = draw_patch(16, 16, 13, 4, generator)
+    assert patch is not None
+    made, target = (patch.core.scaled(8).crop(x) for x in (whole, video))
+    torch.testing.assert_close(terms["l1"], (made - target).abs().mean(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms["perceptual"], perceptual(made, target), rtol=1e-4, atol=1e-5)
+    unpatched = AutoencoderTask(model, patch=PatchConfig(13, above=128 * 128)).loss({"video": video}, seeded())
+    torch.testing.assert_close(unpatched["l1"], (whole - video).abs().mean())
+
+
+def test_a_patch_without_a_core_is_refused() -> None:
+    with pytest.raises(UserError, match=r"patch\.cells is 8.*more than 8"):
+        AutoencoderTask(tiny(), patch=PatchConfig(8))
+
+
+# --- the adversary
+
+
+def test_discriminator_and_autoencoder_each_follow_their_own_loss(tmp_path: Path) -> None:
+    model = tiny(noise=0.0)
+    task = AutoencoderTask(model, adversary=Adversary(AdversarialConfig(0.1, width=2, r1_gamma=5.0, optimizer=KNOWN)))
+    assert task.adversary is not None
+    discriminator, video = task.adversary.discriminator, clip()
+    terms = task.loss({"video": video}, seeded())
+    expected = {}
+    for module, loss in ((model, terms["loss"]), (discriminator, None)):
+        if loss is None:
+            kept = {k: v.detach() for k, v in terms.items() if k.startswith("keep_")}
+            loss = task.opponent_loss({"video": video}, kept, seeded(), 0)["loss"]
+        slopes = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
+        for p, g in zip(module.parameters(), slopes, strict=True):
+            expected[p] = p.detach().clone() if g is None else p.detach() - 0.1 * g / (g.abs() + 1)
+    train(task, [{"video": video[0]}], one_step(tmp_path))
+    for p, value in expected.items():
+        torch.testing.assert_close(p.detach(), value, rtol=1e-4, atol=1e-5)
+
+
+def test_r1_is_lazy_and_the_start_is_waited_for() -> None:
+    config = AdversarialConfig(weight=0.1, start=3, width=2, r1_gamma=4.0, r1_every=2)
+    task = AutoencoderTask(tiny(), adversary=Adversary(config))
+    assert task.adversary is not None
+    video = clip()
+    for step, present, lazy in ((2, False, False), (3, True, False), (4, True, True)):
+        task.step = step
+        terms = task.loss({"video": video}, seeded())
+        assert ("adversarial" in terms) == present == ("keep_target" in terms)
+        against = task.opponent_loss({"video": video}, terms, seeded(), step)
+        assert ("loss" in against) == present and ("r1" in against) == lazy
+    torch.testing.assert_close(against["loss"], against["logistic"] + 2 * 4.0 / 2 * against["r1"])
+    none = Adversary(replace(config, r1_gamma=0.0))
+    assert "r1" not in none.loss(video, video, 4)
+
+
+def test_before_its_start_the_discriminator_does_not_change(tmp_path: Path) -> None:
+    task = AutoencoderTask(tiny(), adversary=Adversary(AdversarialConfig(weight=0.1, start=1, width=2)))
+    before = {k: v.clone() for k, v in task.opponents["discriminator"].state_dict().items()}
+    train(task, Clips(), one_step(tmp_path / "a"))
+    assert all(torch.equal(v, before[k]) for k, v in task.opponents["discriminator"].state_dict().items())
+    train(task, Clips(), one_step(tmp_path / "b", max_steps=2))
+    assert not any(torch.equal(v, before[k]) for k, v in task.opponents["discriminator"].state_dict().items())
+
+
+# --- the decoder's fine-tuning and distillation
+
+
+def test_a_frozen_encoder_stays_what_it_is(tmp_path: Path) -> None:
+    causal = tiny(decoder_kind="causal", first_frame_injection=False)
+    model = to_standard(causal)
+    task = AutoencoderTask(model, freeze_encoder=True)
+    task.loss({"video": clip()}, seeded())["loss"].backward()
+    assert all(p.grad is None and not p.requires_grad for p in model.encoder.parameters())
+    assert all(stage.injection.to_out.weight.grad.any() for stage in model.decoder.stages[2:])
+    model.zero_grad()
+    train(task, Clips(), one_step(tmp_path, max_steps=2))
+    assert all(torch.equal(v, causal.encoder.state_dict()[k]) for k, v in model.encoder.state_dict().items())
+    before = to_standard(causal).decoder.state_dict()
+    changed = [not torch.equal(v, before[k]) for k, v in model.decoder.state_dict().items()]
+    assert sum(changed) > 0.8 * len(changed)
+
+
+def lite_of(standard: FSAE) -> FSAE:
+    return to_lite(standard, decoder_widths=(4, 4, *standard.config.widths[2:]))
+
+
+def test_distillation_compares_what_can_be_compared() -> None:
+    assert shared_stages((4, 8, 16), (8, 8, 16)) == [1, 2]
+    a = {2: torch.tensor([1.0, 2.0]), 3: torch.tensor([3.0])}
+    b = {2: torch.tensor([2.0, 2.0]), 3: torch.tensor([1.0])}
+    assert feature_distance(a, b).item() == pytest.approx((1 / 8 + 4 / 1) / 2)
+    with pytest.raises(ValueError, match="cannot be compared"):
+        feature_distance(a, {2: b[2]})
+    model = tiny()
+    with recorded(model.decoder, [1, 4]) as features:
+        model(clip())
+    assert {s: f.shape[1:] for s, f in features.items()} == {1: (8, 3, 32, 32), 4: (8, 2, 4, 4)}
+    features.clear()
+    model(clip())
+    assert not features
+
+
+@pytest.mark.parametrize("cells", [0, 13])
+def test_distillation_terms(cells: int) -> None:
+    standard = tiny()
+    lite, video = lite_of(standard), clip(5, 128, 128)
+    config = DistillationConfig("standard", pixel_weight=0.7, feature_weight=0.3)
+    task = AutoencoderTask(
+        lite, distillation=Distillation(lite, standard, config), patch=PatchConfig(cells), freeze_encoder=True
+    )
+    terms = task.loss({"video": video}, seeded())
+    generator, outputs = seeded(), []
+    for model in (lite, standard):
+        with torch.no_grad(), recorded(model.decoder, range(2, 7)) as features:
+            outputs.append((model(video, generator := seeded()), dict(features)))
+    (mine, mine_features), (its, its_features) = outputs
+    if cells:
+        patch = draw_patch(16, 16, cells, 4, generator)
+        assert patch is not None
+        mine, its = (patch.core.scaled(8).crop(x) for x in (mine, its))
+        mine_features[2], its_features[2] = (patch.core.scaled(2).crop(f[2]) for f in (mine_features, its_features))
+    relative = [
+        (mine_features[s] - its_features[s]).square().sum() / its_features[s].square().sum() for s in range(2, 7)
+    ]
+    torch.testing.assert_close(terms["distillation_pixels"], (mine - its).abs().mean(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(terms["distillation_features"], torch.stack(relative).mean(), rtol=1e-3, atol=1e-6)
+    whole = terms["l1"] + 0.7 * terms["distillation_pixels"] + 0.3 * terms["distillation_features"]
+    torch.testing.assert_close(terms["loss"], whole)
+    terms["loss"].backward()
+    assert all(p.grad is None for p in standard.parameters())
+
+
+def test_a_teacher_of_other_latents_is_refused() -> None:
+    standard = tiny()
+    lite = lite_of(standard)
+    with torch.no_grad():
+        next(lite.encoder.parameters()).add_(1)
+    with pytest.raises(UserError, match="another encoder"):
+        Distillation(lite, standard, DistillationConfig("standard"))
+
+
+def test_lite_learns_from_its_teacher_and_not_to_be_like_another(tmp_path: Path) -> None:
+    standard = tiny(noise=0.0)
+    lite, video = lite_of(standard), clip(1)
+    torch.manual_seed(5)
+    other = FSAE.from_preset("nano", **SIZES, noise=0.0)
+    task = AutoencoderTask(
+        lite, distillation=Distillation(lite, standard, DistillationConfig("standard", 1.0, 1.0)), freeze_encoder=True
+    )
+
+    def distances() -> list[float]:
+        with torch.no_grad():
+            kept, latents = standard.encoder.features(video)
+            first = [feature[:, :, 0] for feature in kept]
+            made, its, others = (m.decoder(latents, first, seeded()) for m in (lite.eval(), standard, other))
+        return [(made - target).abs().mean().item() for target in (its, others)]
+
+    before = distances()
+    task.loss_of_all, task.loss = task.loss, lambda batch, generator: distilled_alone(task, batch, generator)
+    loop = LoopConfig(str(tmp_path), max_steps=40, optimizer=OptimizerConfig(3e-3), ema_decay=0.0, tensorboard=False)
+    train(task, [{"video": video[0]}], loop)
+    after = distances()
+    assert after[0] < 0.6 * before[0] and after[1] > 0.9 * before[1]
+
+
+def distilled_alone(task: Any, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    terms = task.loss_of_all(batch, generator)
+    return {"loss": terms["distillation_pixels"] + terms["distillation_features"]}

@@ -1,0 +1,364 @@
+"""Files of any length: encoded and decoded as a whole would be, and going on after a stop."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fsae import transcoding
+from fsae.data.latents import SavedLatents, load_latents
+from fsae.data.segments import join_videos
+from fsae.data.video import probe, read_video, to_frames, to_video_tensor, write_video
+from fsae.errors import UserError
+from fsae.fingerprint import encoder_fingerprint, model_fingerprint
+from fsae.model import FSAE
+from fsae.transcoding import decode_file, encode_file, stream_reach
+
+# Few convolutions over time, so that a reach is a few latents and a clip of a hundred frames is many of it.
+TINY: dict[str, Any] = {
+    "widths": (8,) * 3,
+    "encoder_depths": (1,) * 3,
+    "decoder_depths": (1,) * 3,
+    "latent_channels": 8,
+    "residual_stages": 2,
+    "attention_head_dim": 8,
+    "injection_head_dim": 8,
+    "noise": 0.05,
+}
+FRAMES = 110  # 28 latents
+
+
+def tiny(kind: str, **options: Any) -> FSAE:
+    torch.manual_seed(0)
+    model = FSAE.from_preset("nano", **(TINY | {"decoder_kind": kind} | options)).eval()
+    with torch.no_grad():
+        for name, parameter in model.decoder.named_parameters():
+            if ".injection." in name:  # which starts as nothing
+                parameter += 0.3 * torch.randn(parameter.shape)
+    return model
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("video") / "in.mp4"
+    rng = np.random.default_rng(0)
+    frames = np.clip(rng.normal(128, 40, (FRAMES, 18, 26, 3)).cumsum(0) % 256, 0, 255).astype(np.uint8)
+    write_video(path, frames, 12)
+    return path
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two latents a chunk."""
+    monkeypatch.setattr(transcoding, "_CHUNK_PIXELS", 16 * 24 * 4 * 2)
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+class StopAfter:
+    """Lets an iterator's first items through, then raises."""
+
+    def __init__(self, items: int, error: BaseException) -> None:
+        self.items, self.error = items, error
+
+    def __call__(self, inner: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        def stopped(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            for number, item in enumerate(inner(*args, **kwargs)):
+                if number == self.items:
+                    raise self.error
+                yield item
+
+        return stopped
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_latents_are_those_of_the_whole_clip(tmp_path: Path, video: Path) -> None:
+    model = tiny("lite")
+    saved = encode_file(model, video, tmp_path / "z.safetensors")
+    frames, _ = read_video(video, frames=109, size=(16, 24))
+    with torch.no_grad():
+        whole = model.encode(to_video_tensor(frames)[None])[0]
+    torch.testing.assert_close(saved.latents, whole, atol=1e-5, rtol=1e-5)
+    read = load_latents(tmp_path / "z.safetensors")
+    assert torch.equal(read.latents, saved.latents) and read.fps == 12
+    assert read.first_frame is not None and torch.equal(read.first_frame, frames[0])
+    assert read.encoder == encoder_fingerprint(model)
+    assert left_in(tmp_path) == ["z.safetensors"]
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("chunks", [1, 2, 13])
+def test_encoding_goes_on_where_it_was_stopped(
+    tmp_path: Path, video: Path, monkeypatch: pytest.MonkeyPatch, chunks: int
+) -> None:
+    model = tiny("lite")
+    expected = encode_file(model, video, tmp_path / "whole.safetensors").latents
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "encode_stream", StopAfter(chunks, RuntimeError("power cut"))(model.encode_stream))
+        with pytest.raises(RuntimeError, match="power cut"):
+            encode_file(model, video, tmp_path / "z.safetensors", part_seconds=0)
+    parts = sorted((tmp_path / "z.safetensors.partial").glob("part-*")) if chunks > 1 else []
+    kept = sum(load_file(part)["latents"].shape[1] for part in parts)
+    assert kept == (0 if chunks == 1 else 1 + 2 * (chunks - 2)) and not (tmp_path / "z.safetensors").exists()
+
+    read: list[int] = []
+    stream = transcoding.stream_video
+    monkeypatch.setattr(
+        transcoding,
+        "stream_video",
+        lambda path, size, start=0, frames=None: read.append(start) or stream(path, size, start, frames),
+    )
+    resumed = encode_file(model, video, tmp_path / "z.safetensors", part_seconds=0)
+    assert torch.equal(resumed.latents, expected)
+    # The stream was taken up in the middle, no farther back than the convolutions look.
+    restart = max(kept - 1 - stream_reach(model.encoder), 0) // 2 * 2
+    assert read[-1] == 4 * restart and (restart > 0) == (chunks == 13)
+    assert left_in(tmp_path) == ["whole.safetensors", "z.safetensors"]
+    assert torch.equal(load_latents(tmp_path / "z.safetensors").latents, expected)
+
+
+def test_the_reach_is_long_enough_and_no_more_than_some_times_too_long() -> None:
+    """A change of all frames before a latent's reach leaves the latent as it is; one within it does not."""
+    model = tiny("lite")
+    frames = 4 * (stream_reach(model.encoder) + 2) + 1
+    video = torch.rand(1, 3, frames, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        whole = model.encode(video)
+        late = model.encode(video[:, :, 4:])
+        torch.testing.assert_close(late[:, :, -1], whole[:, :, -1], atol=1e-6, rtol=1e-5)
+        assert (late[:, :, 1] - whole[:, :, 2]).abs().max() > 1e-3
+        decoder = stream_reach(model.decoder)
+        assert 1 < decoder < stream_reach(model.encoder)
+        latents = torch.randn(1, 8, decoder + 3, 2, 2, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(model.decode(latents[:, :, 1:])[:, :, -4:], model.decode(latents)[:, :, -4:])
+        assert (model.decode(latents[:, :, 1:])[:, :, 1:5] - model.decode(latents)[:, :, 5:9]).abs().max() > 1e-3
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """The frames that are handed to the writer of each segment: H.264 itself is not the same twice to the last bit."""
+    segments: dict[str, list[Any]] = {}
+
+    def write(path: Path, frames: Iterator[Any], fps: float) -> None:
+        kept: list[Any] = []
+        write_video(path, (kept.append(frame) or frame for frame in frames), fps)
+        segments[path.name] = kept
+
+    monkeypatch.setattr(transcoding, "write_video", write)
+    return segments
+
+
+@pytest.mark.parametrize("kind", ["lite", "causal"])
+def test_decoding_goes_on_where_it_was_stopped(
+    tmp_path: Path, video: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    model = tiny(kind)
+    saved = encode_file(model, video, tmp_path / "z.safetensors")
+    assert saved.first_frame is not None
+    first = to_video_tensor(saved.first_frame[None])[None]
+    out = tmp_path / "out.mp4"
+    segments = recorded(monkeypatch)
+    assert decode_file(model, saved, out, first, segment=2) == 109
+    whole = dict(segments)
+    assert [len(frames) for frames in whole.values()] == [5, *[8] * 13]
+    segments.clear()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "decode_stream", StopAfter(25, RuntimeError("power cut"))(model.decode_stream))
+        with pytest.raises(RuntimeError, match="power cut"):
+            decode_file(model, saved, tmp_path / "again.mp4", first, segment=2)
+    partial = tmp_path / "again.mp4.partial"
+    assert left_in(partial) == [f"part-{n:06}.mp4" for n in range(12)] + ["settings.json"]
+    assert not (tmp_path / "again.mp4").exists()
+    with pytest.raises(UserError, match="with another first frame;"):
+        decode_file(model, saved, tmp_path / "again.mp4", None, segment=2)
+
+    begun: list[int] = []
+    stream = model.decode_stream
+
+    def noted(latents: torch.Tensor, *rest: Any, **named: Any) -> Iterator[torch.Tensor]:
+        begun.append(latents.shape[2])
+        return stream(latents, *rest, **named)
+
+    monkeypatch.setattr(model, "decode_stream", noted)
+    assert decode_file(model, saved, tmp_path / "again.mp4", first, segment=2) == 109
+    # Taken up in the middle, no farther back than the convolutions look.
+    assert begun == [28 - (24 - stream_reach(model.decoder)) // 2 * 2] and begun[0] < 28
+    assert list(segments) == list(whole)
+    assert all(np.array_equal(segments[name], whole[name]) for name in whole)
+    assert left_in(tmp_path) == ["again.mp4", "out.mp4", "z.safetensors"]
+    assert read_video(tmp_path / "again.mp4")[0].shape == (109, 16, 24, 3)
+
+
+@pytest.mark.parametrize("kind", ["lite", "standard"])
+def test_the_decoded_frames_are_the_models(tmp_path: Path, video: Path, kind: str) -> None:
+    """In segments or at once, by way of H.264, which keeps frames within a few levels; injection and memory matter."""
+    model = tiny(kind)
+    saved = encode_file(model, video, tmp_path / "z.safetensors", frames=61)
+    assert saved.latents.shape[1] == 16
+    first = to_video_tensor(saved.first_frame[None])[None]  # type: ignore[index]
+    with torch.no_grad():
+        expected = to_frames(model.decode(saved.latents[None], first)[0])
+    assert decode_file(model, saved, tmp_path / "out.mp4", first, memory=10**9, segment=4) == 61
+    assert not (tmp_path / "out.mp4.partial").exists()
+    info = probe(tmp_path / "out.mp4")
+    assert (info.frames, info.height, info.width, info.fps) == (61, 16, 24, 12)
+    write_video(tmp_path / "expected.mp4", expected.numpy(), 12)
+    found, _ = read_video(tmp_path / "out.mp4")
+    coded, _ = read_video(tmp_path / "expected.mp4")
+    assert (found.float() - expected.float()).abs().mean() < 1.3 * (coded.float() - expected.float()).abs().mean() + 0.5
+    with pytest.raises(UserError, match="memory is 1000 bytes"):
+        decode_file(model, saved, tmp_path / "other.mp4", first, memory=1000)
+    with pytest.raises(UserError, match="memory is 1000 bytes"):
+        encode_file(model, video, tmp_path / "other.safetensors", memory=1000)
+    assert not (tmp_path / "other.mp4").exists()
+
+
+def test_segments_are_joined_picture_by_picture(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    parts = []
+    for number, length in enumerate((13, 12, 12, 5)):
+        parts.append(tmp_path / f"{number}.mp4")
+        write_video(parts[-1], rng.integers(0, 255, (length, 32, 48, 3), np.uint8), 30000 / 1001)
+    pictures = torch.cat([read_video(part)[0] for part in parts])
+    for name in ("all.mp4", "all.mkv"):
+        join_videos(parts, tmp_path / name)
+        joined, fps = read_video(tmp_path / name)
+        assert torch.equal(joined, pictures) and fps == pytest.approx(30000 / 1001, rel=1e-4)
+        with av.open(str(tmp_path / name)) as file:
+            times = [float(frame.time) for frame in file.decode(video=0) if frame.time is not None]
+        np.testing.assert_allclose(np.array(times) - times[0], np.arange(42) * 1001 / 30000, atol=2e-3)
+    with pytest.raises(UserError, match="ends in"):
+        join_videos(parts, tmp_path / "all.txt")
+
+
+def test_parts_of_another_job_are_not_used(tmp_path: Path, video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("lite")
+    out = tmp_path / "z.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "encode_stream", StopAfter(3, KeyboardInterrupt())(model.encode_stream))
+        with pytest.raises(KeyboardInterrupt):
+            encode_file(model, video, out)
+    kept = left_in(tmp_path / "z.safetensors.partial")
+    assert kept == ["part-000000.safetensors", "settings.json"]  # an interrupt loses nothing
+    other = tiny("lite")
+    with torch.no_grad():
+        other.encoder.conv_in.weight[0, 0, 0, 0, 0] += 1
+    with pytest.raises(UserError, match="made with another encoder; go on as it was begun, or remove that folder"):
+        encode_file(other, video, out)
+    copy = tmp_path / "copy.mp4"
+    copy.write_bytes(video.read_bytes())
+    with pytest.raises(UserError, match="another video;"):
+        encode_file(model, copy, out)
+    (tmp_path / "z.safetensors.partial" / "settings.json").unlink()
+    with pytest.raises(UserError, match=r"no settings.json"):
+        encode_file(model, video, out)
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_corrupt_middle_keeps_what_comes_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, video: Path) -> None:
+    """The error names how much there is, and --frames makes a file of it."""
+    model = tiny("lite")
+    stream = transcoding.stream_video
+
+    def broken(path: Path, size: tuple[int, int], start: int = 0, frames: int | None = None) -> Iterator[Any]:
+        stop = 71 if frames is None else min(71, start + frames)
+        yield from stream(path, size, start, max(stop - start, 1))
+        if frames is None or start + frames > 71:
+            raise UserError("the video cannot be decoded; it is damaged")
+
+    monkeypatch.setattr(transcoding, "stream_video", broken)
+    out = tmp_path / "z.safetensors"
+    for _ in range(2):  # a second try finds the same
+        with pytest.raises(
+            UserError, match="it is damaged; the latents of the first 65 frames are kept in .*'--frames 65'"
+        ):
+            encode_file(model, video, out)
+    assert encode_file(model, video, out, frames=65).latents.shape[1] == 17
+    assert left_in(tmp_path) == ["z.safetensors"]
+    monkeypatch.setattr(transcoding, "stream_video", stream)
+    expected = encode_file(model, video, tmp_path / "whole.safetensors").latents
+    assert torch.equal(load_latents(out).latents, expected[:, :17])
+
+
+def test_a_full_disk_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, video: Path) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fsae.data.latents.save_file", full)
+    with pytest.raises(UserError, match="No space left on device.*make room"):
+        encode_file(tiny("lite"), video, tmp_path / "z.safetensors", frames=5)
+    assert not (tmp_path / "z.safetensors").exists()
+
+
+def test_fingerprints_tell_encoders_apart_and_not_decoders() -> None:
+    lite, causal = tiny("lite"), tiny("causal")
+    assert encoder_fingerprint(lite) != encoder_fingerprint(tiny("lite", latents_std=[2.0] * 8))
+    with torch.no_grad():
+        for name, parameter in causal.encoder.named_parameters():
+            parameter.copy_(lite.encoder.get_parameter(name))
+    assert encoder_fingerprint(lite) == encoder_fingerprint(causal)
+    assert model_fingerprint(lite) != model_fingerprint(causal)
+    before = model_fingerprint(lite)
+    with torch.no_grad():
+        lite.decoder.conv_out.weight += 1e-3
+    assert model_fingerprint(lite) != before and encoder_fingerprint(lite) == encoder_fingerprint(causal)
+
+
+KILLED = """
+import sys, time
+from fsae import transcoding
+from fsae.model import FSAE
+
+transcoding._CHUNK_PIXELS = 16 * 24 * 4 * 2
+model = FSAE.from_pretrained(sys.argv[1]).eval()
+inner = model.encode_stream
+
+def stalled(chunks, memory=None):
+    for number, latents in enumerate(inner(chunks, memory)):
+        if number == 11:
+            print("eleven", flush=True)
+            time.sleep(600)
+        yield latents
+
+model.encode_stream = stalled
+transcoding.encode_file(model, sys.argv[2], sys.argv[3], part_seconds=0)
+"""
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_killed_and_continued_equals_uninterrupted(tmp_path: Path, video: Path) -> None:
+    """SIGKILL in the middle of a process of its own; this one goes on."""
+    model, out = tiny("lite"), tmp_path / "z.safetensors"
+    model.save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "model"), str(video), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "eleven\n"
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "z.safetensors.partial").glob("part-*"))) == 10 and not out.exists()
+    found = encode_file(model, video, out)
+    expected = encode_file(model, video, tmp_path / "whole.safetensors")
+    assert torch.equal(found.latents, expected.latents) and found.latents.shape[1] == 28
+    assert left_in(tmp_path) == ["model", "whole.safetensors", "z.safetensors"]
+
+
+def test_a_short_clip_and_an_image_have_no_parts(tmp_path: Path, video: Path) -> None:
+    model = tiny("lite", first_frame_injection=False)
+    saved = encode_file(model, video, tmp_path / "z.safetensors", frames=3)
+    assert saved.latents.shape == (8, 1, 4, 6) and saved.first_frame is None
+    assert isinstance(load_latents(tmp_path / "z.safetensors"), SavedLatents)
+    assert decode_file(model, saved, tmp_path / "out.mp4") == 1
+    assert left_in(tmp_path) == ["out.mp4", "z.safetensors"]
