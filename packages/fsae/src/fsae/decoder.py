@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -178,7 +178,7 @@ class Decoder(nn.Module):
         """
         maps: list[list[Tensor]] = [[] for _ in range(self._count)]
         for s in reversed(range(self._count)):
-            stage = self.stages[s]
+            stage = cast(DecoderStage, self.stages[s])
             if stage.noisy:
                 shape = (1, 1, 1, height >> s, width >> s)
                 maps[s] = [torch.randn(shape, generator=generator) for _ in stage.blocks]
@@ -188,7 +188,7 @@ class Decoder(nn.Module):
         """Features of frame 0 -> keys and values where a stage looks at them, once for all tiles and chunks."""
         return [
             stage.injection.context(feature) if stage.injection is not None and isinstance(feature, Tensor) else None
-            for stage, feature in zip(self.stages, first_frame, strict=True)
+            for stage, feature in zip(cast(Iterable[DecoderStage], self.stages), first_frame, strict=True)
         ]
 
     def inner(self, latents: Tensor, first_frame: FirstFrame | None, cache: FrameCache | None = None) -> Tensor:
@@ -256,7 +256,7 @@ class Decoder(nn.Module):
             pieces = (self.outer(chunk, first_frame, noise, window, cache) for chunk in chunks)
             return [joined(pieces, self.outer_stages.frames(0, count, begun=False))]
 
-        (video,) = tiled(plan.windows, self.outer_stages.halo, *x.shape[3:], compute)
+        (video,) = tiled(plan.windows, self.outer_stages.halo, x.shape[3], x.shape[4], compute)
         return video
 
     def stream(
@@ -273,7 +273,7 @@ class Decoder(nn.Module):
             def compute(index: int, window: Window) -> list[Tensor]:
                 return [self.outer(window.crop(x), first_frame, noise, window, tiles_kept[index])]
 
-            return tiled(plan.windows, self.outer_stages.halo, *x.shape[3:], compute)[0]
+            return tiled(plan.windows, self.outer_stages.halo, x.shape[3], x.shape[4], compute)[0]
 
         for chunk in chunks:
             for part in chunk.split(plan.latents, dim=2):
@@ -288,7 +288,7 @@ class Decoder(nn.Module):
 
 
 def _halo(depths: Sequence[int], stages: int) -> int:
-    """Cells beyond a place that it looks at: 1 for the last convolution, 2 a block, 1 and then half for each step up."""
+    """Cells beyond a place that are looked at: 1 for the last convolution, 2 a block, 1 and then half each step up."""
     reach = 1
     for s, depth in enumerate(depths):
         reach += 2 * depth

@@ -5,8 +5,8 @@ gives the part's inside exactly: no seam, no blend. The inner stages attend to t
 
 Peak memory is foreseen by a plain count. At a stage, a block holds its input, its inside, the inside with neighbour
 frames and its output: `TENSORS` tensors of the stage's size; in half precision the norm makes two more, as it computes
-in fp32. The finest stage's tensors are the largest. Beside them stand the inner stages' output, the frames that a stream
-keeps, and the result. Weights are not counted, nor is what a library uses inside one operation.
+in fp32. The finest stage's tensors are the largest. Beside them stand the inner stages' output, the frames that a
+stream keeps, and the result. Weights are not counted, nor is what a library uses inside one operation.
 """
 
 from __future__ import annotations

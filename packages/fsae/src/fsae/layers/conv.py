@@ -13,7 +13,7 @@ possible.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +126,7 @@ class VideoConv3d(nn.Conv3d):
         weight = self.weight if weight is None else weight
         if self.groups == 1 or self.groups != self.in_channels:
             stride = (step or self.stride[0], *self.stride[1:])
-            return conv3d(padded, weight, self.bias, stride, self.padding, self.groups)
+            return conv3d(padded, weight, self.bias, stride, cast(tuple[int, ...], self.padding), self.groups)
         batch, taps = padded.shape[0], weight.shape[2]
         frames = padded.shape[2] - taps + 1
         out: Tensor | None = None
@@ -192,7 +192,7 @@ def conv3d(
     weight: Tensor,
     bias: Tensor | None,
     stride: tuple[int, ...],
-    padding: tuple[int, ...] | str,
+    padding: tuple[int, ...],
     groups: int = 1,
 ) -> Tensor:
     """`torch.nn.functional.conv3d`, on a CPU by oneDNN also where PyTorch would take a loop several times slower.

@@ -8,8 +8,7 @@ Along one axis an upsampled line holds each cell twice, ... a a b b c c ..., so 
 A spatial up-convolution then costs (2/3)² of its multiplications, one that doubles time as well (2/3)³, and the
 upsampled tensor, the largest of a decoder, is never made. Zeros around the frame stay zeros: what lies outside the
 upsampled frame lies outside the small one. In time the copies of the nearest frame that stand for missing ones follow
-the same algebra, per kind of time (see `fsae.layers.conv`); where all three taps meet one frame, they are one tap, their
-sum.
+the same algebra, per kind of time (see `fsae.layers.conv`); where all three taps meet one frame, their sum is one tap.
 """
 
 from __future__ import annotations
