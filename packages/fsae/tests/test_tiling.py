@@ -82,7 +82,7 @@ class Memory(TorchDispatchMode):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["standard", "lite", "causal"])
-@pytest.mark.parametrize("size", [(1, 64, 128), (5, 160, 32), (9, 64, 48)])
+@pytest.mark.parametrize("size", [(1, 64, 144), (5, 160, 48), (9, 64, 48)])
 def test_tiled_equals_whole(kind: str, size: tuple[int, int, int]) -> None:
     model = nonzero(kind)
     latents = torch.randn(1, *model.latent_shape(*size), dtype=torch.double)
@@ -103,7 +103,7 @@ def test_tiled_equals_whole(kind: str, size: tuple[int, int, int]) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [(1, 64, 128), (5, 160, 32), (9, 64, 48)])
+@pytest.mark.parametrize("size", [(1, 64, 144), (5, 160, 48), (9, 64, 48)])
 def test_the_encoder_in_tiles_equals_the_whole(size: tuple[int, int, int]) -> None:
     model, video = nonzero("causal"), torch.randn(1, 3, *size, dtype=torch.double)
     whole = model.encode(video)
@@ -121,7 +121,7 @@ def test_the_encoder_in_tiles_equals_the_whole(size: tuple[int, int, int]) -> No
 @pytest.mark.parametrize("kind", ["standard", "lite"])
 def test_memory_reaches_the_plan(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call that takes `memory`: a byte is refused, and with a little less than the whole needs, it is cut."""
-    model, video = nonzero(kind), torch.randn(1, 3, 5, 64, 128, dtype=torch.double)
+    model, video = nonzero(kind, widths=(16, 16, 16, 32, 32)), torch.randn(1, 3, 5, 64, 128, dtype=torch.double)
     latents = model.encode(video)
     features = model.first_frame_features(video[:, :, :1])
     whole = model.decode(latents, features)
@@ -244,7 +244,7 @@ def test_more_memory_is_fewer_tiles() -> None:
     counts = []
     most = foresee(stages, video, 9, (1, 1)).nbytes
     least = least_memory(lambda memory: plan(stages, video, memory, "decode", 9))
-    for memory in range(least, most + 1, (most - least) // 7):
+    for memory in (*range(least, most, (most - least) // 7), most):
         found = plan(stages, video, memory, "decode", 9)
         assert found.nbytes <= memory
         counts.append(len(found.windows))

@@ -56,6 +56,8 @@ class FSAE(StrictModelMixin):
     """
 
     _supports_gradient_checkpointing = True
+    # What is gathered whole at a time where the model is sharded over processes.
+    _no_split_modules: ClassVar[list[str]] = ["ResBlock", "EViTBlock"]
 
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
 
