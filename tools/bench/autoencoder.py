@@ -24,8 +24,6 @@ from typing import Any
 import torch
 
 from fsae import FSAE
-from fsae.commandline import run
-from fsae.errors import UserError
 from fsae.files import atomic_path
 from fsae.layers.conv import VideoConv3d
 from fsae.layers.resample import Upsample
@@ -140,7 +138,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for command in (folding, streaming):
         command.add_argument("--rounds", type=int, default=5)
         command.add_argument("--output", type=Path, required=True, help="where the figures go, as JSON")
-    return parser.parse_args(argv)
+    given = parser.parse_args(argv)
+    if given.command != "once" and given.rounds < 1:
+        parser.error(f"--rounds is {given.rounds}; give at least 1")
+    return given
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,8 +150,6 @@ def main(argv: list[str] | None = None) -> int:
     if given.command == "once":
         print(json.dumps(decode_once(given.decoder, given.widths, tuple(given.size))))
         return 0
-    if given.rounds < 1:
-        raise UserError(f"--rounds is {given.rounds}; give at least 1")
     rows: list[dict[str, Any]] = []
     for kind in given.decoders:
         if given.command == "folding":
@@ -167,4 +166,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(main())

@@ -56,7 +56,7 @@ class LiteMLA(nn.Module):
         both = both.reshape(batch, frames, -1, 3 * self.head_dim, height * width)
         out = self._linear_attention(both).to(x.dtype)
         out = out.reshape(batch, frames, -1, height, width).transpose(1, 2)
-        return self.norm(self.proj(out))
+        return self.norm(self.proj(out), own=True)
 
     def _linear_attention(self, qkv: Tensor) -> Tensor:
         """Heads of query, key and value `... 3d N` -> `... d N`, in fp32 also where autocast would have halves."""

@@ -49,10 +49,11 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, noise_map: Tensor | None = None, cache: FrameCache | None = None) -> Tensor:
         """`B C T H W` -> the same shape. noise_map: `1 1 1 H W`, one for all frames, so that it does not flicker."""
         # The branch's inside has no name, so that it is gone before the norm.
-        branch = self.norm(self.conv2(F.silu(self.conv1(x, cache), inplace=not torch.is_grad_enabled()), cache))
+        alone = not torch.is_grad_enabled()
+        branch = self.norm(self.conv2(F.silu(self.conv1(x, cache), inplace=alone), cache), own=True)
         if noise_map is not None:
-            branch = branch + self.noise * noise_map
-        return x + branch
+            branch = _sum(branch, self.noise * noise_map)
+        return _sum(branch, x)
 
 
 class GLUMBConv(nn.Module):
@@ -97,7 +98,7 @@ class GLUMBConv(nn.Module):
 
     def _rest(self, wide: Tensor) -> Tensor:
         value, gate = wide.chunk(2, dim=1)
-        return self.norm(self.point(value * F.silu(gate)))
+        return self.norm(self.point(value * F.silu(gate)), own=True)
 
 
 class EViTBlock(nn.Module):
@@ -110,8 +111,15 @@ class EViTBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         """`B C T H W` -> the same shape."""
-        x = x + self.attention(x)
-        return x + self.local(x, cache)
+        x = _sum(self.attention(x), x)
+        return _sum(self.local(x, cache), x)
+
+
+def _sum(made: Tensor, other: Tensor) -> Tensor:
+    """made + other; written over `made`, which nobody else looks at, where no gradient will ask for it."""
+    if torch.is_grad_enabled() or torch.result_type(made, other) != made.dtype:
+        return made + other
+    return made.add_(other)
 
 
 class Stage(nn.Module):

@@ -19,12 +19,15 @@ class PixelNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels)) if affine else None
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`B C ...` -> the same shape and dtype."""
+    def forward(self, x: Tensor, own: bool = False) -> Tensor:
+        """`B C ...` -> the same shape and dtype.
+
+        own: whether x may be overwritten: to fill memory anew costs several times what the arithmetic does.
+        """
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         scale = torch.rsqrt(wide.square().mean(1, keepdim=True) + self.eps)
         alone = not torch.is_grad_enabled()  # Nothing else will look at what is made here: work in place.
-        wide = wide.mul_(scale) if alone and wide is not x else wide * scale
+        wide = wide.mul_(scale) if alone and (own or wide is not x) else wide * scale
         if self.weight is None or self.bias is None:
             return wide.to(x.dtype)
         shape = (1, -1) + (1,) * (x.ndim - 2)
