@@ -1,4 +1,4 @@
-"""What README.md and docs/training.md tell a reader to type is typed here."""
+"""What README.md, docs/training.md and the packages' pages tell a reader to type is typed here."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderDC
 from PIL import Image
 
+from fsae import FSAE
 from fsae.data.video import write_video
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,15 +46,15 @@ def size_and_frames(path: Path) -> tuple[int, int, int]:
     return frames[0].width, frames[0].height, len(frames)
 
 
-def make_clips(folder: Path) -> None:
+def make_clips(folder: Path, frames: int = 9) -> None:
     """Two short videos, their list, and a photo."""
     rng = np.random.default_rng(0)
     (folder / "clips").mkdir()
     lines = []
     for index in range(2):
         picture = np.asarray(Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((320, 320)))
-        frames = [np.ascontiguousarray(picture[:256, 2 * t : 2 * t + 256]) for t in range(9)]
-        write_video(folder / "clips" / f"{index}.mp4", frames, 16.0, None)
+        shown = [np.ascontiguousarray(picture[:256, t : t + 256]) for t in range(frames)]
+        write_video(folder / "clips" / f"{index}.mp4", shown, 16.0, None)
         lines.append(json.dumps({"path": f"clips/{index}.mp4", "caption": "the camera pans right"}))
     (folder / "clips.jsonl").write_text("\n".join(lines) + "\n")
     Image.fromarray(picture).save(folder / "photo.jpg")
@@ -96,3 +99,74 @@ def test_the_readmes_program_runs() -> None:
     assert "autoencoder.decode" in program
     check = "\nassert latents.shape == (1, 128, 5, 2, 2) and again.shape == video.shape\n"
     subprocess.run([sys.executable, "-c", program + check], check=True)
+
+
+AUTOENCODER_PAGE = "packages/fsae/README.md"
+
+
+def test_the_autoencoders_program_runs() -> None:
+    (program,) = fenced(AUTOENCODER_PAGE, "python")
+    assert program.count("\n    assert torch.allclose") == 3
+    check = "\nassert latents.shape == (1, 128, 5, 3, 2) and len(pieces) == 5\n"
+    subprocess.run([sys.executable, "-c", program + check], check=True)
+
+
+@pytest.mark.slow
+def test_the_autoencoders_commands_run(tmp_path: Path) -> None:
+    make_clips(tmp_path)
+    (tmp_path / "clips").rename(tmp_path / "held-out")
+    (tmp_path / "held-out" / "0.mp4").rename(tmp_path / "clip.mp4")
+    torch.manual_seed(0)
+    FSAE.from_preset("nano").save_pretrained(tmp_path / "autoencoder")
+    # DC-AE's architecture, every width a sixteenth.
+    widths = [8, 16, 32, 32, 64, 64]
+    kinds = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
+    scales: list[list[int]] = [[], [], [], [5], [5], [5]]
+    AutoencoderDC(
+        latent_channels=32,
+        encoder_block_types=kinds,
+        decoder_block_types=kinds,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=[1] * 6,
+        decoder_layers_per_block=[1] * 6,
+        encoder_qkv_multiscales=scales,
+        decoder_qkv_multiscales=scales,
+        upsample_block_type="interpolate",
+        downsample_block_type="Conv",
+        attention_head_dim=8,
+    ).save_pretrained(tmp_path / "dc-ae-f32c32-sana-1.1")
+    shown = {}
+    for line in fenced(AUTOENCODER_PAGE, "sh")[1].splitlines():
+        command = shlex.split(line)
+        small = {"eval": ["--frames", "5"], "convert": []}.get(command[1], [])
+        shown[" ".join(command[1:3])] = run([*command, *small], tmp_path)
+    assert size_and_frames(tmp_path / "again.mp4") == (256, 256, 9)
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {
+        "eval.json",
+        "table.md",
+        "grid.png",
+        "curves.png",
+    }
+    assert "carried" in shown["convert dc-ae-f32c32-sana-1.1"]
+    assert FSAE.from_pretrained(tmp_path / "inflated").config.decoder_kind == "causal"
+    assert FSAE.from_pretrained(tmp_path / "lite").config.decoder_kind == "lite"
+
+
+@pytest.mark.slow
+def test_the_autoencoders_stages_run(tmp_path: Path) -> None:
+    make_clips(tmp_path, 33)
+    commands = [shlex.split(line) for line in fenced(AUTOENCODER_PAGE, "sh")[2].splitlines()]
+    assert [Path(command[3]).stem for command in commands] == ["stage1", "stage2", "stage3"]
+    for command in commands:
+        command[3] = str(ROOT / command[3])
+        run([*command, "--loop.max_steps", "1", "--loop.batch_size", "1", "--loop.validate_every", "0"], tmp_path)
+    names = {path.name for path in (ROOT / AUTOENCODER_PAGE).parent.joinpath("configs").glob("*.yaml")}
+    page = (ROOT / AUTOENCODER_PAGE).read_text(encoding="utf-8")
+    assert names == set(re.findall(r"^\| `(\w+\.yaml)`", page, re.MULTILINE))
+
+
+@pytest.mark.parametrize("package", ["fsae", "fsdit", "fsupsampler"])
+def test_a_package_with_a_training_is_a_module_for_launchers(package: str) -> None:
+    done = subprocess.run([sys.executable, "-m", package, "--version"], check=True, capture_output=True, text=True)
+    assert done.stdout.split()[0] == package

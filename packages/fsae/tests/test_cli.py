@@ -44,6 +44,7 @@ HELP = {
     "encode": "--frames",
     "decode": "--first-frame",
     "eval": "--dimension-of",
+    "convert": "--decoder-widths",
 }
 
 

@@ -45,18 +45,29 @@ def _parser() -> argparse.ArgumentParser:
         prog="fsae eval",
         description="Reconstruct held-out clips and write PSNR, SSIM, LPIPS, FVD, flicker, curves over the frames, the "
         "latents' intrinsic dimension, speed and peak memory.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("data", help="folder of videos and images, .jsonl or .csv list, .tar, or a pattern of these")
     parser.add_argument("-o", "--output", required=True, help="folder to write; it must not be there, or be empty")
     add_model_options(parser)
-    parser.add_argument("--frames", type=parse_count, default=17, help="frames of a clip, 1 + 4k")
-    parser.add_argument("--height", type=parse_count, default=256, help="pixels, a multiple of 64")
-    parser.add_argument("--width", type=parse_count, default=256, help="pixels, a multiple of 64")
-    parser.add_argument("--stride", type=parse_count, default=1, help="take every stride-th frame of a file")
+    parser.add_argument(
+        "--frames", type=parse_count, default=17, help="frames of a clip, 1 + 4k (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--height", type=parse_count, default=256, help="pixels, a multiple of 64 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--width", type=parse_count, default=256, help="pixels, a multiple of 64 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--stride", type=parse_count, default=1, help="take every STRIDE-th frame of a file (default: %(default)s)"
+    )
     parser.add_argument("--samples", type=parse_count, help="clips to measure, drawn by the seed; without it, all")
-    parser.add_argument("--batch-size", type=parse_count, default=1, help="clips encoded and decoded together")
-    parser.add_argument("--seed", type=int, default=0, help="decides which files, and where in them clips start")
+    parser.add_argument(
+        "--batch-size", type=parse_count, default=1, help="clips encoded and decoded together (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="decides which files, and where in them clips start (default: %(default)s)"
+    )
     parser.add_argument(
         "--lpips", nargs="+", default=[], metavar="WEIGHTS", help="files with LPIPS' trunk and heads; measures LPIPS"
     )
@@ -65,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         "--dimension-of",
         choices=("position", "clip"),
         default="position",
-        help="what a point of the intrinsic dimension is: each latent position, or each whole clip",
+        help="what a point of the intrinsic dimension is: each latent position, or each whole clip "
+        "(default: %(default)s)",
     )
     add_memory_option(parser)
     return parser

@@ -1,0 +1,10 @@
+"""`python -m fsdit`, for launchers that start a module in every process."""
+
+from __future__ import annotations
+
+import sys
+
+from fsdit.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
