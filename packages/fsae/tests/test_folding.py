@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fsae.tiling
 from fsae import FSAE
-from fsae.layers.blocks import BlockStyle, EViTBlock
+from fsae.layers.blocks import BlockStyle, EViTBlock, ResBlock
 from fsae.layers.conv import TimeKind, VideoConv3d
 from fsae.layers.norm import PixelNorm
 from fsae.layers.resample import FOLDING_PAYS, Upsample
@@ -167,7 +167,25 @@ def test_the_norm_in_place_is_the_norm() -> None:
             want = norm(x)
             with torch.no_grad():
                 assert torch.equal(norm(x), want)
-            assert torch.equal(x, kept)
+                assert torch.equal(x, kept)
+                assert torch.equal(norm(x, own=True), want)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("block", [ResBlock, EViTBlock])
+def test_blocks_in_place_are_the_blocks(block: type[ResBlock | EViTBlock], autocast: bool) -> None:
+    """Bit for bit, also where a residual of fp32 meets a branch of bf16, and what goes in stays as it was."""
+    torch.manual_seed(0)
+    layer, x = block(8, BlockStyle(head_dim=8, noise=0.5)), torch.randn(1, 8, 3, 8, 8)
+    inputs = [x, torch.randn(1, 1, 1, 8, 8)] if block is ResBlock else [x]
+    kept = x.clone()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        want = layer(*inputs)
+        with torch.no_grad():
+            got = layer(*inputs)
+    assert got.dtype == want.dtype == torch.float32
+    assert torch.equal(got, want)
+    assert torch.equal(x, kept)
 
 
 def test_a_single_precision_cpu_convolution_is_the_librarys() -> None:
