@@ -52,18 +52,6 @@ class Colours(torch.utils.data.Dataset[dict[str, Any]]):
         return {"video": colour.view(3, 1, 1, 1).repeat(1, 1, 64, 64), "caption": ""}
 
 
-def lpips_state() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
-    state = {}
-    for index, (out, into, k) in shapes.items():
-        state[f"features.{index}.weight"] = torch.randn(out, into, k, k, generator=generator) / (into * k * k) ** 0.5
-        state[f"features.{index}.bias"] = torch.zeros(out)
-    for number, (out, _, _) in enumerate(shapes.values()):
-        state[f"lin{number}.model.1.weight"] = torch.rand(1, out, 1, 1, generator=generator)
-    return state
-
-
 def configuration(folder: Path, data: Path, **changes: Any) -> AutoencoderConfig:
     loop = LoopConfig(
         str(folder),
@@ -82,8 +70,8 @@ def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FSAE.presets, "tiny", FSAE.presets["nano"] | SIZES)
 
 
-def test_the_loss_is_l1_plus_weighted_lpips(tmp_path: Path) -> None:
-    model, perceptual = tiny(), PerceptualLoss(lpips_state())
+def test_the_loss_is_l1_plus_weighted_lpips(tmp_path: Path, lpips_state: dict[str, Tensor]) -> None:
+    model, perceptual = tiny(), PerceptualLoss(lpips_state)
     video = torch.stack([Colours()[i]["video"] for i in range(2)])
 
     def loss(*arguments: Any) -> dict[str, Tensor]:
@@ -140,11 +128,13 @@ def test_what_is_saved_encodes_to_normalised_latents(tmp_path: Path, tiny_preset
     torch.testing.assert_close(flat.std(1, correction=0), torch.ones(8), rtol=1e-2, atol=0)
 
 
-def test_options_reach_their_consumers(tmp_path: Path, tiny_preset: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_reach_their_consumers(
+    tmp_path: Path, tiny_preset: None, monkeypatch: pytest.MonkeyPatch, lpips_state: dict[str, Tensor]
+) -> None:
     for name in ("data", "held_out"):
         (tmp_path / name).mkdir()
         write_video(tmp_path / name / "clip.mp4", np.zeros((12, 80, 64, 3), np.uint8), 8)
-    save_file(lpips_state(), tmp_path / "lpips.safetensors")
+    save_file(lpips_state, tmp_path / "lpips.safetensors")
     settings = configuration(
         tmp_path / "run",
         tmp_path / "data",

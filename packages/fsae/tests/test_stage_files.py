@@ -43,18 +43,6 @@ SIZES: dict[str, Any] = {
 }
 
 
-def lpips_state() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
-    state = {}
-    for index, (out, into, k) in shapes.items():
-        state[f"features.{index}.weight"] = torch.randn(out, into, k, k, generator=generator) / (into * k * k) ** 0.5
-        state[f"features.{index}.bias"] = torch.zeros(out)
-    for number, (out, _, _) in enumerate(shapes.values()):
-        state[f"lin{number}.model.1.weight"] = torch.rand(1, out, 1, 1, generator=generator)
-    return state
-
-
 class Clips(torch.utils.data.Dataset[dict[str, Any]]):
     """A few clips of noise."""
 
@@ -123,8 +111,8 @@ def test_presets_take_options_and_saved_models_conversions(
         )
 
 
-def test_a_configuration_becomes_a_task(tmp_path: Path, tiny_preset: None) -> None:
-    save_file(lpips_state(), tmp_path / "lpips.safetensors")
+def test_a_configuration_becomes_a_task(tmp_path: Path, tiny_preset: None, lpips_state: dict[str, Tensor]) -> None:
+    save_file(lpips_state, tmp_path / "lpips.safetensors")
     torch.manual_seed(0)
     weights = Adversary(AdversarialConfig(weight=1, width=2, scales=1)).discriminator.state_dict()
     save_file(weights, tmp_path / "discriminator.safetensors")
@@ -286,12 +274,14 @@ def test_flags_change_what_the_file_says(monkeypatch: pytest.MonkeyPatch) -> Non
     assert config.model_options == {"noise": 0.1} and config.fps is None
 
 
-def test_the_nano_files_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_nano_files_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lpips_state: dict[str, Tensor]
+) -> None:
     """Two steps each, at tiny sizes; each stage starts from what the one before it has left."""
     monkeypatch.chdir(tmp_path)
     films(tmp_path / "data", (13, 128, 128), (13, 64, 64))
     (tmp_path / "weights").mkdir()
-    save_file(lpips_state(), tmp_path / "weights" / "lpips-alexnet.safetensors")
+    save_file(lpips_state, tmp_path / "weights" / "lpips-alexnet.safetensors")
     kinds = []
     for stage in ("stage1", "stage2", "stage3", "vf", "standard", "lite"):
         settings = yaml.safe_load((CONFIGS / "nano" / f"{stage}.yaml").read_text())

@@ -57,18 +57,6 @@ def seeded(seed: int = 1) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def lpips_state() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
-    state = {}
-    for index, (out, into, k) in shapes.items():
-        state[f"features.{index}.weight"] = torch.randn(out, into, k, k, generator=generator) / (into * k * k) ** 0.5
-        state[f"features.{index}.bias"] = torch.zeros(out)
-    for number, (out, _, _) in enumerate(shapes.values()):
-        state[f"lin{number}.model.1.weight"] = torch.rand(1, out, 1, 1, generator=generator)
-    return state
-
-
 class Clips(torch.utils.data.Dataset[dict[str, Any]]):
     """A few clips of noise."""
 
@@ -92,9 +80,9 @@ def one_step(folder: Path, **changes: Any) -> LoopConfig:
 # --- the whole objective
 
 
-def test_every_term_by_its_formula() -> None:
+def test_every_term_by_its_formula(lpips_state: dict[str, Tensor]) -> None:
     model, video = tiny(decoder_kind="causal", first_frame_injection=False, noise=0.0), clip(5)
-    perceptual = PerceptualLoss(lpips_state())
+    perceptual = PerceptualLoss(lpips_state)
     adversary = Adversary(AdversarialConfig(weight=0.1, width=2))
     alignment = Alignment(model, TrunkTeacher(perceptual), AlignmentConfig("lpips", weight=0.5, positions=10_000))
     task = AutoencoderTask(model, perceptual, 0.1, perceptual_slice=2, adversary=adversary, alignment=alignment)
@@ -120,9 +108,9 @@ def test_every_term_by_its_formula() -> None:
     assert alignment.loss.projection.weight.grad is not None and alignment.loss.projection.weight.grad.any()
 
 
-def test_the_adaptive_alignment_balances_gradients() -> None:
+def test_the_adaptive_alignment_balances_gradients(lpips_state: dict[str, Tensor]) -> None:
     model, video = tiny(noise=0.0), clip(5)
-    teacher = TrunkTeacher(PerceptualLoss(lpips_state()))
+    teacher = TrunkTeacher(PerceptualLoss(lpips_state))
     config = AlignmentConfig("lpips", cosine_margin=0.0, distance_margin=0.0, adaptive=0.3)
     alignment = Alignment(model, teacher, config)
     terms = AutoencoderTask(model, alignment=alignment).loss({"video": video}, seeded())
@@ -133,9 +121,9 @@ def test_the_adaptive_alignment_balances_gradients() -> None:
     torch.testing.assert_close(terms["loss"], terms["l1"] + terms["alignment_weight"] * total)
 
 
-def test_the_task_takes_its_loss_in_the_core() -> None:
+def test_the_task_takes_its_loss_in_the_core(lpips_state: dict[str, Tensor]) -> None:
     model, video = tiny(), clip(5, 128, 128)
-    perceptual = PerceptualLoss(lpips_state())
+    perceptual = PerceptualLoss(lpips_state)
     task = AutoencoderTask(model, perceptual, 0.1, patch=PatchConfig(13))
     terms = task.loss({"video": video}, seeded())
     generator = seeded()

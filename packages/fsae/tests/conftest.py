@@ -1,0 +1,21 @@
+"""What several tests of the autoencoder's training need."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.fixture(scope="session")
+def lpips_state() -> dict[str, Tensor]:
+    """LPIPS's AlexNet with drawn weights, named as in its file."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+    state = {}
+    for index, (out, into, k) in shapes.items():
+        state[f"features.{index}.weight"] = torch.randn(out, into, k, k, generator=generator) / (into * k * k) ** 0.5
+        state[f"features.{index}.bias"] = torch.zeros(out)
+    for number, (out, _, _) in enumerate(shapes.values()):
+        state[f"lin{number}.model.1.weight"] = torch.rand(1, out, 1, 1, generator=generator)
+    return state
