@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from fsae import transcoding
 from fsae.data.latents import SavedLatents, load_latents
@@ -22,6 +24,7 @@ from fsae.data.video import probe, read_video, to_frames, to_video_tensor, write
 from fsae.errors import UserError
 from fsae.fingerprint import encoder_fingerprint, model_fingerprint
 from fsae.model import FSAE
+from fsae.tiling import foresee
 from fsae.transcoding import decode_file, encode_file, stream_reach
 
 # Few convolutions over time, so that a reach is a few latents and a clip of a hundred frames is many of it.
@@ -223,6 +226,22 @@ def test_the_decoded_frames_are_the_models(tmp_path: Path, video: Path, kind: st
     with pytest.raises(UserError, match="memory is 1000 bytes"):
         encode_file(model, video, tmp_path / "other.safetensors", memory=1000)
     assert not (tmp_path / "other.mp4").exists()
+
+
+@pytest.mark.parametrize("tiles", [1, 4])
+def test_a_decoder_of_whole_clips_shows_its_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiles: int
+) -> None:
+    shown_at_once = {"delay": 0, "mininterval": 0}
+    monkeypatch.setattr("fsae.transcoding.tqdm", lambda *given, **named: tqdm(*given, **(named | shown_at_once)))
+    monkeypatch.setattr("fsae.model.plan", lambda *given: foresee(*given[:2], given[4], (1, tiles)))
+    model = tiny("standard")
+    saved = SavedLatents(torch.randn(8, 2, 4, 4), 12.0)
+    assert decode_file(model, saved, tmp_path / "out.mp4") == 5
+    inner, outer = 1, 4  # blocks, and the two steps up
+    shown = re.findall(r"decoding, layers: (\d+)layer", capsys.readouterr().err)
+    assert int(shown[-1]) == inner + outer * tiles
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_segments_are_joined_picture_by_picture(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 
 import numpy as np
@@ -28,9 +29,12 @@ from fsae.data.latents import SavedLatents, save_latents
 from fsae.data.media import as_media
 from fsae.data.segments import join_videos
 from fsae.data.video import probe, stream_video, to_frames, to_video_tensor, write_video
+from fsae.decoder import Decoder
 from fsae.errors import UserError
 from fsae.fingerprint import encoder_fingerprint, file_fingerprint, model_fingerprint, tensor_fingerprint
+from fsae.layers.blocks import EViTBlock, ResBlock
 from fsae.layers.conv import VideoConv3d
+from fsae.layers.resample import Upsample
 from fsae.model import FSAE
 from fsae.unfinished import Unfinished
 
@@ -207,7 +211,9 @@ def decode_file(
     def frames(start: int) -> Iterator[Picture]:
         """The frames from that of latent `start` on, its first ones left out."""
         latents = saved.latents[:, start:].unsqueeze(0).to(model.device, model.dtype)
-        for piece in model.decode_stream(latents, first_frame, memory=memory):
+        with _layers_shown(model.decoder):
+            pieces = model.decode_stream(latents, first_frame, memory=memory)
+        for piece in pieces:
             yield from to_frames(piece[0]).numpy()
 
     with torch.no_grad():
@@ -235,6 +241,23 @@ def decode_file(
         join_videos(unfinished.parts(".mp4"), output)
         unfinished.remove()
     return total
+
+
+@contextmanager
+def _layers_shown(decoder: Decoder) -> Iterator[None]:
+    """Progress by layers, each tile's anew, where a whole clip is decoded before its first frame is there."""
+    layers = [layer for layer in decoder.modules() if isinstance(layer, Upsample | ResBlock | EViTBlock)]
+    with tqdm(desc="decoding, layers", unit="layer", delay=2) as bar:
+
+        def show(*_: object) -> None:
+            bar.update()
+
+        hooks = [layer.register_forward_hook(show) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _decoding_settings(model: FSAE, saved: SavedLatents, first_frame: Tensor | None, segment: int) -> dict[str, str]:
