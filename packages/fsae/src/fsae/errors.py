@@ -13,3 +13,9 @@ class UserError(ValueError):
 
 class CheckpointError(UserError):
     """A checkpoint is missing, cut short, or does not fit the model it is loaded into."""
+
+
+def require(condition: bool, name: str, value: object, accepted: str) -> None:
+    """Refuse a setting with a sentence."""
+    if not condition:
+        raise UserError(f"{name} is {value!r}; it must be {accepted}")

@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fsae.training.config import require
+from fsae.errors import require
 
 SIDE = 64  # the autoencoder's spatial compression: sides of clips are multiples of it
 STRIDE = 4  # its temporal compression: clips have 1 + 4k frames

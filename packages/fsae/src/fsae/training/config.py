@@ -9,7 +9,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from fsae.errors import UserError
+from fsae.errors import require
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,3 @@ _HARMLESS = (
     "tensorboard",
     "sharding",
 )
-
-
-def require(condition: bool, name: str, value: object, accepted: str) -> None:
-    """Refuse a setting with a sentence."""
-    if not condition:
-        raise UserError(f"{name} is {value!r}; it must be {accepted}")

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fsae.data.settings import BucketConfig, ClipsConfig, SourceConfig
-from fsae.errors import UserError
-from fsae.training.config import LoopConfig, OptimizerConfig, require
+from fsae.errors import UserError, require
+from fsae.training.config import LoopConfig, OptimizerConfig
 
 Conversion = Literal["none", "dc-ae", "standard", "lite"]
 
