@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from fsae.training.autoencoder import (
     train_autoencoder,
 )
 from fsae.training.config import LoopConfig, OptimizerConfig
+from fsae.training.runs import save_parts
 from fsae.training.stages import AutoencoderConfig
 
 SIZES: dict[str, Any] = {
@@ -223,3 +225,22 @@ def test_frame_grid_shows_first_middle_and_last_frames() -> None:
         0,
     ]
     assert frame_grid([clips[:, :, :1]]).shape == (3, 4, 12)
+
+
+def test_a_model_that_finds_no_room_is_a_sentence_and_leaves_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: FSAE, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise OSError(28, "No space left on device")
+
+    part = tiny()
+    result = SimpleNamespace(output_dir=tmp_path, is_main_process=True)
+    save_parts(result, {"autoencoder": part})  # type: ignore[arg-type]
+    before = (tmp_path / "autoencoder" / "config.json").read_bytes()
+    monkeypatch.setattr(FSAE, "save_pretrained", full)
+    with pytest.raises(UserError, match=r"cannot write .*autoencoder .*No space left.*make room, and run again"):
+        save_parts(result, {"autoencoder": part})  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["autoencoder"]
+    assert (tmp_path / "autoencoder" / "config.json").read_bytes() == before

@@ -282,8 +282,11 @@ def test_rate_and_stride_reach_the_reader(media: Path) -> None:
     assert sum(steps(fps=16.0)) == 2  # each frame twice
     with pytest.raises(UserError, match="no file of the sources has the 13 frames that the bucket of 5 frames needs"):
         steps(stride=3)
-    with pytest.raises(UserError, match="no file"):
+    lasts = "no file of the sources lasts the {} seconds that the bucket of 5 frames needs at {} frames a second"
+    with pytest.raises(UserError, match=lasts.format("5.00", "1") + "; give longer videos, a higher fps, or take"):
         steps(fps=1.0)
+    with pytest.raises(UserError, match=lasts.format("3.60", "2.5")):
+        steps(fps=2.5, stride=2)
 
 
 def test_a_missing_reader_is_said_at_once(media: Path, monkeypatch: pytest.MonkeyPatch) -> None:

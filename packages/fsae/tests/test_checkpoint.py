@@ -134,6 +134,16 @@ def test_a_config_that_contradicts_the_weights_is_refused(tmp_path: Path) -> Non
         Toy.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("config", [{"width": "wide"}, {"width": -1}])
+def test_a_config_of_no_model_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
+    saved(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config.json describes no Toy \(\w+Error: "):
+        Toy.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"Toy cannot be built with .*width.*correct the values"):
+        Toy.from_preset("small", **config)
+
+
 @pytest.mark.parametrize("kept", [0, 4, 40, 0.5, 0.999])
 def test_a_weights_file_cut_short_is_refused(tmp_path: Path, kept: float) -> None:
     saved(tmp_path)

@@ -58,7 +58,7 @@ def test_help_needs_no_torch(arguments: list[str]) -> None:
 
 def test_training_options_come_from_yaml_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[AutoencoderConfig] = []
-    monkeypatch.setattr(autoencoder, "train_autoencoder", lambda config: given.append(config))
+    monkeypatch.setattr(autoencoder, "train_autoencoder", lambda config: given.append(config) or Path("run"))
     file = {
         "data": "clips",
         "frames": 9,
@@ -89,7 +89,7 @@ def test_print_config_can_be_read_back(
     assert main(["train", *flags, "--print_config"]) == 0
     (tmp_path / "train.yaml").write_text(capsys.readouterr().out)
     given: list[AutoencoderConfig] = []
-    monkeypatch.setattr(autoencoder, "train_autoencoder", lambda config: given.append(config))
+    monkeypatch.setattr(autoencoder, "train_autoencoder", lambda config: given.append(config) or Path("run"))
     assert main(["train", "--config", str(tmp_path / "train.yaml")]) == 0
     assert main(["train", *flags]) == 0
     assert given[0] == given[1] and given[0].loop.seed == 3
@@ -104,6 +104,11 @@ def test_print_config_can_be_read_back(
         (["--data", "x", "--loop.output_dir", "run", "--loop.schedule.kind", "step"], "step"),
         (["--data", "x", "--loop.output_dir", "run", "--frames", "many"], "many"),
         (["--data", "x", "--loop.output_dir", "run", "--fames", "5"], "fames"),
+        (["--data", "x", "--loop.output_dir", "/dev/null/run"], "/dev/null is a file"),
+        (
+            ["--data", "x", "--loop.output_dir", "run", "--model_options", "{widths: [16, 32]}"],
+            "FSAE cannot be built with {'widths': [16, 32]}",
+        ),
     ],
     ids=str,
 )
@@ -118,6 +123,22 @@ def test_bad_training_options(
     assert main(["train", *flags]) == 2
     assert sentence in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_training_that_was_stopped_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what a shell runs after it does not start."""
+    flags = ["--data", "x", "--loop.output_dir", "run"]
+    for stopped, code in ((None, 130), (Path("run/autoencoder"), 0)):
+        monkeypatch.setattr(autoencoder, "train_autoencoder", lambda config, folder=stopped: folder)
+        assert main(["train", *flags]) == code
+
+
+def test_a_decoder_of_first_frames_without_one_says_so(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_latents(tmp_path / "z.safetensors", torch.zeros(8, 1, 1, 1), 8)
+    assert main(["decode", str(tmp_path / "z.safetensors"), "-o", str(tmp_path / "o.png"), "--model", str(model)]) == 0
+    assert "no first frame came with these latents" in capsys.readouterr().err
 
 
 def test_a_video_through_encode_and_decode(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -299,6 +320,8 @@ def test_bad_input_ends_in_a_sentence_and_leaves_nothing(
     save_latents(tmp_path / "clip.safetensors", torch.zeros(8, 2, 1, 1), 8)
     save_latents(tmp_path / "wide.safetensors", torch.zeros(9, 1, 1, 1), 8)
     save_file({"other": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for name, shape, value in (("empty", (8, 0, 1, 1), 0.0), ("infinite", (8, 1, 1, 1), torch.inf)):
+        save_latents(tmp_path / f"{name}.safetensors", torch.full(shape, value), 8)
     before = sorted(tmp_path.iterdir())
     good = ["--model", str(model)]
     out = ["-o", str(tmp_path / "out.safetensors")]
@@ -321,6 +344,9 @@ def test_bad_input_ends_in_a_sentence_and_leaves_nothing(
         (["decode", "none.safetensors", *mp4, *good], "there is no file none.safetensors"),
         (["decode", "other.safetensors", *mp4, *good], "holds no latents"),
         (["decode", "wide.safetensors", *mp4, *good], "have 9 channels, the model 8"),
+        (["decode", "empty.safetensors", *mp4, *good], "none of them 0"),
+        (["decode", "infinite.safetensors", *mp4, *good], "not all finite"),
+        (["decode", "clip.safetensors", *mp4, *good, "--device", "meta"], "computes nothing"),
         (["decode", "clip.safetensors", *png, *good], "several frames"),
         (["decode", "clip.safetensors", "-o", "out.txt", *good], "ends in"),
         (

@@ -5,10 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from fsae.commandline import Command, run
+from fsae.commandline import Command, read_settings, run
 from fsae.errors import CheckpointError, UserError
 
 COMMANDS = (
@@ -80,6 +83,60 @@ def test_failures_become_a_sentence_and_an_exit_code(
     target.fail = fail  # type: ignore[attr-defined]
     assert front("fail") == code
     assert capsys.readouterr().err == words
+
+
+def test_a_warning_is_a_line_and_other_peoples_stay_as_they_are(
+    target: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warn(argv: list[str]) -> int:
+        warnings.warn("the clip is short", stacklevel=1)
+        warnings.warn("old", FutureWarning, stacklevel=1)
+        return 0
+
+    target.fail = warn  # type: ignore[attr-defined]
+    with pytest.warns(FutureWarning, match="old"):
+        usual = warnings.showwarning
+        assert front("fail") == 0
+        assert warnings.showwarning is usual
+    assert capsys.readouterr().err == "demo: the clip is short\n"
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers.
+
+    Attributes:
+        count: How many.
+        scale: How large.
+    """
+
+    count: int
+    scale: float = 1.0
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--cuont", "3"], "unrecognized arguments: --cuont 3"),
+        ([], "required: count"),
+        (["--count", "many"], "Got value: many"),
+        (["--config", "none.yaml"], "File does not exist"),
+        (["--config", "broken.yaml"], "Problems parsing config"),
+        (["--config", "unknown.yaml"], "Option 'sacle' is not accepted"),
+        (["--count", "3", "--scale", "2"], "unrecognized arguments: --scale 2"),
+    ],
+)
+def test_settings_that_are_not_understood_are_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.yaml").write_text("count: [1\n")
+    Path("unknown.yaml").write_text("count: 1\nsacle: 2\n")
+    with pytest.raises(UserError) as refusal:
+        read_settings("demo train", "Trains.", Numbers, argv, without=["scale"])
+    assert sentence in str(refusal.value)
+    assert str(refusal.value).endswith("; 'demo train --help' shows the options and what they take")
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_targets_own_code_is_returned_and_a_fault_of_the_program_passes(target: types.ModuleType) -> None:

@@ -229,7 +229,7 @@ def test_bad_input_is_a_sentence_and_leaves_nothing(tmp_path: Path, model: FSAE,
     cases: list[tuple[dict[str, Any], str, str]] = [
         (good, "full", "is not empty; give a new folder"),
         (good, "file", "is a file; give a new folder"),
-        (good, "none/out", "there is no folder"),
+        (good, "none/out", r"^cannot write .*/none/out: there is no folder .*/none; create it first$"),
         (good | {"frames": 6}, "out", "6 frames cannot be encoded"),
         (good | {"height": 18}, "out", "cannot be encoded; accepted are multiples of 4"),
         (good | {"data": "none"}, "out", "neither a folder nor"),
@@ -243,6 +243,8 @@ def test_bad_input_is_a_sentence_and_leaves_nothing(tmp_path: Path, model: FSAE,
             evaluate(model, EvalSettings(**settings), tmp_path / folder)
     with pytest.raises(UserError, match="batch_size is 0"):
         EvalSettings(**good, batch_size=0)
+    with pytest.raises(UserError, match="seed is -1; give 0 or more"):
+        EvalSettings(**good, seed=-1)
     assert sorted(tmp_path.rglob("*")) == before
     evaluate(model, EvalSettings(**good, samples=1), tmp_path / "empty")
     assert (tmp_path / "empty" / "eval.json").is_file()

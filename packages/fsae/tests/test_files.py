@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fsae.errors import UserError
-from fsae.files import atomic_path, check_writable
+from fsae.files import atomic_path, check_folder, check_writable
 
 
 def test_a_written_file_appears_under_its_name_alone(tmp_path: Path) -> None:
@@ -79,6 +79,23 @@ def test_a_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Path, "touch", refuse)
     with pytest.raises(UserError, match="takes no new file .Permission denied."):
         check_writable(tmp_path / "a.mp4")
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text").write_text("")
+    for name in ("text", "text/run", "text/a/b"):
+        with pytest.raises(UserError, match=r"cannot use .* as a folder: .*text is a file"):
+            check_folder(tmp_path / name)
+    check_folder(tmp_path)
+    check_folder(tmp_path / "a" / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(UserError, match=r"takes no new files \(No space left on device\)"):
+        check_folder(tmp_path / "a")
 
 
 def test_checking_leaves_nothing_and_returns_the_place(tmp_path: Path) -> None:

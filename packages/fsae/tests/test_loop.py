@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fsae.errors import UserError
+from fsae.errors import CheckpointError, UserError
 from fsae.training.checkpointing import checkpoints
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import Task, train
@@ -319,6 +319,14 @@ def test_other_settings_do_not_resume(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="already holds checkpoints"):
         trained(tmp_path, resume=False)
     assert torch.equal(trained(tmp_path, log_every=1, num_workers=1), trained(tmp_path / "b"))
+
+
+def test_a_checkpoint_that_does_not_say_what_it_is_of_is_named(tmp_path: Path) -> None:
+    trained(tmp_path)
+    state = checkpoints(tmp_path)[-1] / "state.json"
+    state.write_text("{}")
+    with pytest.raises(CheckpointError, match=f"{state} lacks settings and step; remove {state.parent}"):
+        trained(tmp_path)
 
 
 def test_a_cosine_run_cannot_change_its_length(tmp_path: Path) -> None:

@@ -183,6 +183,24 @@ def test_unusable_lpips_weights_are_refused(tmp_path: Path, alexnet: dict[str, T
         PerceptualLoss.from_files(tmp_path / "evil.pth")
 
 
+def test_files_that_are_no_lpips_weights_are_named(tmp_path: Path, alexnet: dict[str, Tensor]) -> None:
+    path = tmp_path / "weights.pth"
+    video = b"\0\0\0\x1cftypisom\0\0\2\0isomiso2mp41\0\0\0\x08free"
+    for content in (b"", b"hello", b"}", b"(", b"\x80\x02)R.", b"K\x01.", b"\x80\x02K\x01K\x02s.", video):
+        path.write_bytes(content)
+        with pytest.raises(
+            CheckpointError, match=r"weights\.pth cannot be read as plain tensors; give a \.safetensors"
+        ):
+            PerceptualLoss.from_files(path)
+    for held in (torch.zeros(3), [torch.zeros(3)], {"epoch": 3}, {1: torch.zeros(3)}, {"state_dict": torch.zeros(3)}):
+        torch.save(held, path)
+        with pytest.raises(CheckpointError, match=r"weights\.pth holds no tensors by name; give a \.safetensors"):
+            PerceptualLoss.from_files(path)
+    torch.save({"epoch": 3, "state_dict": alexnet | {"steps": 7}}, path)
+    x, y = images(1, 3, 64, 64)
+    assert torch.equal(PerceptualLoss.from_files(path)(x, y), PerceptualLoss(alexnet)(x, y))
+
+
 def test_l1() -> None:
     x, y = images(2, 3, 1, 4, 5)
     assert l1_loss(x, y).item() == pytest.approx(np.abs(x.double().numpy() - y.double().numpy()).mean(), rel=1e-6)

@@ -352,3 +352,26 @@ def test_saved_and_loaded_is_the_same_model(tmp_path: Path) -> None:
     assert all(torch.equal(saved[name], read[name]) for name in saved)
     video = torch.randn(1, 3, 5, 64, 64)
     torch.testing.assert_close(loaded.encode(video), model.encode(video))
+
+
+@torch.no_grad()
+def test_a_first_frame_of_another_clip_is_refused() -> None:
+    model = tiny("standard")
+    latents = torch.zeros(2, *model.latent_shape(5, 64, 128))
+    for shape in ((2, 3, 1, 128, 64), (1, 3, 1, 64, 128), (2, 1, 1, 64, 128)):
+        with pytest.raises(UserError, match=r"first_frame is \(.*latents of 2x1 it is \(2, 3, 1, 64, 128\)"):
+            model.decode(latents, torch.zeros(shape))
+    assert model.decode(latents, torch.zeros(2, 3, 1, 64, 128)).shape == (2, 3, 5, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"widths": (16, 32)}, "different numbers of stages"),
+        ({"decoder_depths": (1, 1)}, "different numbers of stages"),
+        ({"latent_channels": 100}, "100 latent channels do not divide the innermost width 128"),
+    ],
+)
+def test_sizes_that_do_not_fit_together_are_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        FSAE.from_preset("nano", **options)

@@ -136,6 +136,46 @@ def test_impossible_spans_are_refused(tmp_path: Path, span: str) -> None:
         read_source(tmp_path / "list.jsonl")
 
 
+@pytest.mark.parametrize("name", ["list.csv", "list.jsonl"])
+def test_a_list_that_is_not_utf8_is_refused(tmp_path: Path, name: str) -> None:
+    header = "path,caption" if name == "list.csv" else ""
+    # More than the decoder takes at once, so that the line is not one of the first block.
+    good = "a.mp4,words" if name == "list.csv" else '{"path": "a.mp4", "caption": "words"}'
+    bad = good.replace("words", "wörter")
+    path = tmp_path / name
+    path.write_bytes("\n".join([header, *[good] * 2000, bad]).encode("latin-1"))
+    with pytest.raises(UserError, match=f"{name}, line 2002 is not UTF-8; lists are read as UTF-8, so save it as that"):
+        read_source(path)
+    path.write_bytes("\n".join([header, bad]).encode("utf-16"))
+    with pytest.raises(UserError, match="line 1 is not UTF-8"):
+        read_source(path)
+    path.write_bytes("\n".join([header, bad]).encode("utf-8-sig"))
+    assert [entry.caption for entry in read_source(path)] == ["wörter"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('b.mp4,"not closed', "unexpected end of data"),
+        ('b.mp4,"said "so" to me"', "expected after"),
+        (f"b.mp4,{'x' * 131073}", "field larger than field limit"),
+    ],
+)
+def test_rows_that_are_not_csv_are_refused(tmp_path: Path, row: str, reason: str) -> None:
+    path = tmp_path / "list.csv"
+    path.write_text(f'path,caption\na.mp4,"of two\nlines, ""quoted"""\n{row}\nc.mp4,\n')
+    with pytest.raises(UserError, match=rf"list\.csv cannot be read as CSV from line 4 on \(.*{reason}.*\); close"):
+        read_source(path)
+    path.write_text(f"path,caption\n{row}\n")
+    with pytest.raises(UserError, match="from line 2 on"):
+        read_source(path)
+    path.write_text(f'path,"caption\n{row}\n')
+    with pytest.raises(UserError, match="from line 1 on"):
+        read_source(path)
+    path.write_text('path,caption\na.mp4,"of two\nlines, ""quoted"""\nc.mp4,\n')
+    assert [entry.caption for entry in read_source(path)] == ['of two\nlines, "quoted"', ""]
+
+
 def test_unusable_sources_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     write_tar(tmp_path / "empty.tar", [("a.txt", b"x")])

@@ -236,7 +236,7 @@ def test_buckets_reach_the_loop(tmp_path: Path, tiny_preset: None, monkeypatch: 
 
 def parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> AutoencoderConfig:
     given: list[AutoencoderConfig] = []
-    monkeypatch.setattr(autoencoder, "train_autoencoder", lambda config: given.append(config))
+    monkeypatch.setattr(autoencoder, "train_autoencoder", lambda config: given.append(config) or Path("run"))
     assert main(["train", *arguments]) == 0
     return given[0]
 

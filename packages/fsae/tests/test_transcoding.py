@@ -244,6 +244,50 @@ def test_a_decoder_of_whole_clips_shows_its_layers(
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def cut_short(path: Path, target: Path) -> Path:
+    whole = path.read_bytes()
+    target.write_bytes(whole[: len(whole) // 2])
+    return target
+
+
+def test_a_video_that_is_cut_short_is_not_taken_for_a_whole_one(tmp_path: Path, video: Path) -> None:
+    """Its index says how many frames there were; what is there is kept, and made a file of when asked for."""
+    model, part = tiny("causal"), cut_short(video, tmp_path / "part.mp4")
+    with pytest.raises(
+        UserError, match=rf"ends after \d+ of the {FRAMES} frames.*'--frames \d+' makes a file"
+    ) as error:
+        encode_file(model, part, tmp_path / "z.safetensors")
+    assert not (tmp_path / "z.safetensors").exists()
+    there = int(re.findall(r"--frames (\d+)", str(error.value))[0])
+    assert encode_file(model, part, tmp_path / "z.safetensors", there).latents.shape[1] == 1 + (there - 1) // 4
+
+
+def test_a_stream_without_a_count_is_only_doubted(tmp_path: Path, video: Path) -> None:
+    frames, fps = read_video(video)
+    write_video(tmp_path / "whole.mkv", frames.numpy(), fps)
+    part = cut_short(tmp_path / "whole.mkv", tmp_path / "part.mkv")
+    assert not probe(part, count=False).counted and probe(part).counted and probe(video, count=False).counted
+    with pytest.warns(UserWarning, match=r"ends after \d+ of about \d+ frames, by its duration"):
+        encode_file(tiny("causal"), part, tmp_path / "z.safetensors")
+
+
+def test_fewer_frames_than_asked_for_are_told(tmp_path: Path, video: Path, recwarn: pytest.WarningsRecorder) -> None:
+    model = tiny("causal")
+    encode_file(model, video, tmp_path / "z.safetensors", FRAMES - 1)
+    assert not recwarn
+    with pytest.warns(UserWarning, match=f"has {FRAMES} frames, not the {FRAMES + 7} asked for"):
+        encode_file(model, video, tmp_path / "z.safetensors", FRAMES + 7)
+
+
+def test_a_short_clip_does_not_overwrite_the_name_of_an_unfinished_long_one(tmp_path: Path) -> None:
+    model = tiny("lite")
+    (tmp_path / "out.mp4.partial").mkdir()
+    for name in ("part-000000.mp4", "settings.json"):
+        (tmp_path / "out.mp4.partial" / name).write_text('{"latents": "others"}')
+    with pytest.raises(UserError, match=r"out.mp4.partial holds the beginning of .*out.mp4"):
+        decode_file(model, SavedLatents(torch.randn(8, 2, 2, 2), 12.0), tmp_path / "out.mp4")
+
+
 def test_segments_are_joined_picture_by_picture(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     parts = []

@@ -66,7 +66,15 @@ class StrictModelMixin(ModelMixin, ConfigMixin):
                 raise UserError(
                     f"{cls.__name__} has no option {key!r}{nearest(key, known)}; leave it out or correct it"
                 )
-        return cls(**{**cls.presets[name], **overrides})
+        return cls._built({**cls.presets[name], **overrides}, f"{cls.__name__} cannot be built with {overrides}")
+
+    @classmethod
+    def _built(cls, config: Mapping[str, Any], what: str) -> Self:
+        """The model of a configuration; one whose values do not fit together is the user's to mend."""
+        try:
+            return cls(**config)
+        except (TypeError, ValueError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
+            raise UserError(f"{what} ({type(error).__name__}: {error}); correct the values") from error
 
     @classmethod
     def from_preset_or_folder(cls, model: str, **overrides: Any) -> Self:
@@ -219,8 +227,13 @@ def _check_folder(cls: type[StrictModelMixin], folder: Path, variant: str | None
     file, found = folder_shapes(folder, variant)
     if config.get("quantization_config") is not None:
         return
-    with init_empty_weights():
-        expected = _shapes_of(cls.from_config(config))
+    try:
+        with init_empty_weights():
+            expected = _shapes_of(cls.from_config(config))
+    except (TypeError, ValueError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder / _CONFIG_NAME} describes no {cls.__name__} ({type(error).__name__}: {error}); copy it again"
+        ) from error
     check_fit(expected, found, cls.__name__, file)
 
 

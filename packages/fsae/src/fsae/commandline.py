@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any, TypeVar
 
 from fsae.errors import UserError
+
+Settings = TypeVar("Settings")
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -44,7 +49,8 @@ def run(
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         command = _choose(prog, description, version, commands, arguments[:1])
-        return command(arguments[1:])
+        with _warnings_as_lines(prog):
+            return command(arguments[1:])
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return USER_ERROR
@@ -53,6 +59,49 @@ def run(
         return INTERRUPTED
     except SystemExit as stop:
         return _exit_code(stop)
+
+
+def read_settings(
+    prog: str, description: str, settings: type[Settings], argv: list[str], without: Sequence[str] = ()
+) -> Settings:
+    """A training's settings: every field of the dataclass is a flag, and a key of the YAML file that `--config` names.
+
+    Args:
+        prog: the command, for its help.
+        description: what its help says.
+        settings: the dataclass.
+        argv: what was typed.
+        without: fields that have no say in this command.
+
+    Raises:
+        UserError: an option that there is none of, one that is missing, or a value that it does not take.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    parser.add_class_arguments(settings, as_group=True, skip=set(without))
+    try:
+        found = parser.instantiate(parser.parse_args(argv))
+    except ArgumentError as error:
+        reason = " ".join(str(error).replace("Parser key", "option").split())
+        raise UserError(f"{reason}; '{prog} --help' shows the options and what they take") from None
+    return settings(**{key: value for key, value in vars(found).items() if key != "config"})
+
+
+@contextmanager
+def _warnings_as_lines(prog: str) -> Iterator[None]:
+    """What the package warns of is told as a line, like an error: not with a place in the source."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **named: Any) -> None:
+        if category is UserWarning:
+            print(f"{prog}: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *place, **named)
+
+    with warnings.catch_warnings():
+        usual, warnings.showwarning = warnings.showwarning, show
+        yield
 
 
 def _choose(prog: str, description: str, version: str, commands: Sequence[Command], first: list[str]) -> Command:

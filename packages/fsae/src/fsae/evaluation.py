@@ -70,7 +70,7 @@ class EvalSettings:
         stride: Take every stride-th frame of the file.
         samples: How many clips, drawn by the seed; None for one of every file.
         batch_size: Clips that are encoded and decoded together.
-        seed: Decides which files, and where in them clips start.
+        seed: Decides which files, and where in them clips start; 0 or more.
         lpips: Files with the perceptual network's trunk and heads; none leaves LPIPS out.
         fvd: I3D as TorchScript; None leaves FVD out.
         memory: Bytes that the activations of encoding and decoding may take; None for no bound.
@@ -95,6 +95,8 @@ class EvalSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; give 1 or more")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}; give 0 or more")
 
 
 class HeldOutClips(VideoFolder):
@@ -415,5 +417,9 @@ def _new_folder(folder: str | os.PathLike[str]) -> Path:
     elif target.exists():
         raise UserError(f"{folder} is a file; give a new folder")
     # A file beside it tells whether the folder above is there and takes new entries.
-    check_writable(target.with_name(f".{target.name[:64]}.tmp"))
+    beside = target.with_name(f".{target.name[:64]}.tmp")
+    try:
+        check_writable(beside)
+    except UserError as error:
+        raise UserError(str(error).replace(str(beside), str(folder))) from None
     return target

@@ -50,6 +50,26 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Check, before any work is done, that a folder is there and takes files, or can be made; nothing is left behind.
+
+    Raises:
+        UserError: it cannot.
+    """
+    folder = Path(path)
+    there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
+    if not there.is_dir():
+        raise UserError(f"cannot use {path} as a folder: {there} is a file; give another name")
+    probe = _temporary_sibling(there / "folder")
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {path}: {there} takes no new files ({error.strerror}); give a place you may write to"
+        ) from None
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write to; rename it to `path` on success, remove it on failure.

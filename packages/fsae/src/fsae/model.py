@@ -53,6 +53,9 @@ class FSAE(StrictModelMixin):
         norm_affine: whether pixel norms have a weight and a bias.
         latents_mean: mean of each latent channel over the training data; None is 0.
         latents_std: standard deviation of each; None is 1.
+
+    Raises:
+        ValueError: numbers of stages or of channels that do not fit together.
     """
 
     _supports_gradient_checkpointing = True
@@ -84,6 +87,12 @@ class FSAE(StrictModelMixin):
         latents_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        stages = {len(widths), len(encoder_depths), len(decoder_depths), len(decoder_widths or widths)}
+        if len(stages) > 1:
+            raise ValueError("widths and depths name different numbers of stages; each needs one value a stage")
+        for width in {widths[-1], (decoder_widths or widths)[-1]}:
+            if width % latent_channels:
+                raise ValueError(f"{latent_channels} latent channels do not divide the innermost width {width}")
         style = BlockStyle(head_dim=attention_head_dim, eps=norm_eps, norm_affine=norm_affine)
         self.encoder = Encoder(widths, encoder_depths, latent_channels, residual_stages, temporal_stages, style)
         self.decoder = Decoder(
@@ -276,6 +285,13 @@ class FSAE(StrictModelMixin):
         contexts: FirstFrame | None = None
         if self.config.first_frame_injection and first_frame is not None:
             if isinstance(first_frame, Tensor):
+                wanted = (latents.shape[0], 3, *(side * self.spatial_compression for side in latents.shape[3:]))
+                given = (*first_frame.shape[:2], *first_frame.shape[3:])
+                if given != wanted:
+                    raise UserError(
+                        f"first_frame is {tuple(first_frame.shape)}, but of {wanted[0]} clip(s) of latents of "
+                        f"{latents.shape[4]}x{latents.shape[3]} it is {(wanted[0], 3, 1, *wanted[2:])}; give that frame"
+                    )
                 first_frame = self.first_frame_features(first_frame, memory)
             contexts = self.decoder.contexts(first_frame)
         if generator is None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -27,6 +28,7 @@ from fsae.checkpoint import save_state
 from fsae.data.image import cover, load_image
 from fsae.data.latents import SavedLatents, save_latents
 from fsae.data.media import as_media
+from fsae.data.readers import DamagedVideo
 from fsae.data.segments import join_videos
 from fsae.data.video import probe, stream_video, to_frames, to_video_tensor, write_video
 from fsae.decoder import Decoder
@@ -41,6 +43,7 @@ from fsae.unfinished import Unfinished
 PART_SECONDS = 20.0  # of encoding that are lost at most
 SEGMENT = 64  # latents whose frames are decoded into one segment: 256 frames, as far apart as H.264's key frames
 
+_WHOLE = 0.9  # of the frames that a video states: with fewer, it is cut short
 _CHUNK_PIXELS = 2**22  # of the frames that are encoded at once
 
 Picture = NDArray[np.uint8]
@@ -110,6 +113,7 @@ class _Encoding:
     ) -> None:
         info = probe(path, count=False)
         self.model, self.path, self.frames, self.memory, self.fps = model, path, frames, memory, info.fps
+        self.info = info
         self.expected = min(info.frames, frames or info.frames)
         self.size = _snapped(path, (info.height, info.width), model.spatial_compression)
         self.first = next(stream_video(path, self.size, frames=1))
@@ -164,12 +168,31 @@ class _Encoding:
         left = None if self.frames is None else self.frames - restart * rate
         frames = stream_video(self.path, self.size, restart * rate, left)
         bar = tqdm(frames, "encoding", total=self.expected, initial=restart * rate, unit="frame", delay=2)
-        groups = _groups(iter(bar), rate, self.chunk * rate)
+        groups = _groups(self._whole(iter(bar), restart * rate), rate, self.chunk * rate)
         for latents in self.model.encode_stream((_tensor(group, self.model) for group in groups), self.memory):
             new = latents[0, :, passed:]
             passed = max(passed - latents.shape[2], 0)
             if new.shape[1]:
                 yield new.float().cpu()
+
+    def _whole(self, frames: Iterator[Picture], before: int) -> Iterator[Picture]:
+        """The frames; it is an error if, with the `before` that were left out, the video has far fewer than it states.
+
+        A decoder's frames may be some fewer than a container's: it counts those, too, that an edit list hides.
+        """
+        count = before
+        for frame in frames:
+            yield frame
+            count += 1
+        if self.frames is not None and count >= self.frames:
+            return
+        if count < _WHOLE * self.info.frames:
+            short = f"{self.path} ends after {count} of"
+            if self.info.counted:
+                raise DamagedVideo(f"{short} the {self.info.frames} frames that it states: it is cut short")
+            warnings.warn(f"{short} about {self.info.frames} frames, by its duration: is it whole?", stacklevel=2)
+        elif self.frames is not None:
+            warnings.warn(f"{self.path} has {count} frames, not the {self.frames} asked for", stacklevel=2)
 
     def _ended_early(self, error: UserError, latents: int) -> UserError:
         if not latents:
@@ -218,6 +241,7 @@ def decode_file(
 
     with torch.no_grad():
         if model.config.decoder_kind == "standard" or count <= segment:
+            Unfinished(output, {})  # refuses where the beginning of another clip is kept
             write_video(output, tqdm(frames(0), "decoding", total=total, unit="frame", delay=2), saved.fps)
             return total
         unfinished = Unfinished(output, _decoding_settings(model, saved, first_frame, segment))

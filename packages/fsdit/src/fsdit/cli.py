@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fsdit
-from fsae.commandline import Command, run
+from fsae.commandline import INTERRUPTED, Command, read_settings, run
 
 COMMANDS = (Command("train", "train the transformer on a folder of captioned videos or images", "fsdit.cli:train"),)
 
@@ -16,22 +16,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(argv: list[str]) -> int:
     """``fsdit train``: every field of TransformerConfig is a flag and a key of the YAML file."""
-    from jsonargparse import ArgumentParser
-
     from fsdit.config import TransformerConfig
 
-    parser = ArgumentParser(
-        prog="fsdit train",
-        description="Train FSDiT; the result is OUTPUT_DIR/transformer, with the trained encoders beside it.",
-    )
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
-    parser.add_class_arguments(TransformerConfig, as_group=True)
-    options = parser.instantiate_classes(parser.parse_args(argv))
-    settings = {key: value for key, value in vars(options).items() if key != "config"}
-    config = TransformerConfig(**settings)
+    description = "Train FSDiT; the result is OUTPUT_DIR/transformer, with the trained encoders beside it."
+    config = read_settings("fsdit train", description, TransformerConfig, argv)
 
     from fsdit.training import train_transformer
 
-    for folder in train_transformer(config):
+    folders = train_transformer(config)
+    for folder in folders:
         print(f"saved {folder}")
-    return 0
+    return 0 if folders else INTERRUPTED

@@ -96,6 +96,10 @@ def _first_frame(path: str | None, saved: SavedLatents, model: FSAE) -> torch.Te
     elif saved.first_frame is not None:
         frame = saved.first_frame
     else:
+        print(
+            "no first frame came with these latents; the decoder draws detail from one: give it by --first-frame",
+            file=sys.stderr,
+        )
         return None
     return to_video_tensor(frame.unsqueeze(0)).unsqueeze(0).to(model.device, model.dtype)
 

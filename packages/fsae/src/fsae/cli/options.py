@@ -76,4 +76,6 @@ def load_model(options: argparse.Namespace) -> FSAE:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the device {options.device} cannot be used ({reason}); try cpu") from None
+    if device.type == "meta":
+        raise UserError("the device meta computes nothing; try cpu")
     return FSAE.from_pretrained(options.model).to(device).eval()

@@ -114,11 +114,7 @@ class BucketedClips(ClipDataset):
             source.weight if numbers else 0.0 for source, numbers in zip(self.config.sources, fitting, strict=True)
         ]
         if not any(weights):
-            shortest = self.config.stride * (config.frames - 1) + 1
-            raise UserError(
-                f"no file of the sources has the {shortest} frames that the bucket of {config.frames} frames needs; "
-                "give longer videos, or take the bucket out"
-            )
+            raise UserError(self._too_short(config.frames))
         share = config.weight / sum(bucket.weight for bucket in self.config.buckets)
         members: dict[tuple[int, int], list[tuple[float, list[int]]]] = {size: [] for size in sizes}
         for weight, numbers in zip(weights, fitting, strict=True):
@@ -135,6 +131,19 @@ class BucketedClips(ClipDataset):
                 buckets.append(Bucket(config.frames, size, config.batch_size, weight, first, members[size]))
                 first += len(buckets[-1])
         return buckets
+
+    def _too_short(self, frames: int) -> str:
+        """The sentence about a bucket that no file is long enough for."""
+        shortest, fps = self.config.stride * (frames - 1) + 1, self.config.fps
+        if fps is None:
+            return (
+                f"no file of the sources has the {shortest} frames that the bucket of {frames} frames needs; "
+                "give longer videos, or take the bucket out"
+            )
+        return (
+            f"no file of the sources lasts the {shortest / fps:.2f} seconds that the bucket of {frames} frames needs "
+            f"at {fps:g} frames a second; give longer videos, a higher fps, or take the bucket out"
+        )
 
     def _info(self, number: int) -> VideoInfo:
         info = self.infos[number]

@@ -77,8 +77,12 @@ def load_latents(path: str | os.PathLike[str]) -> SavedLatents:
             fps = float(metadata["fps"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(f"{path} holds no latents ({error}); give a file that 'fsae encode' wrote") from error
-    if latents.ndim != 4:
-        raise UserError(f"{path} holds latents of shape {tuple(latents.shape)}; c t h w is wanted")
+    if latents.ndim != 4 or not latents.numel():
+        raise UserError(f"{path} holds latents of shape {tuple(latents.shape)}; c t h w is wanted, none of them 0")
+    if not latents.is_floating_point() or not bool(torch.isfinite(latents).all()):
+        raise UserError(
+            f"{path} holds latents of {latents.dtype} that are not all finite numbers; encode the clip anew"
+        )
     if first is not None and (first.dtype != torch.uint8 or first.ndim != 3 or first.shape[2] != 3):
         raise UserError(f"{path} holds a first frame of shape {tuple(first.shape)}; H W 3 of bytes is wanted")
     return SavedLatents(latents, fps, first, metadata.get("encoder"))

@@ -111,21 +111,57 @@ def _span(row: dict[str, Any]) -> tuple[float, float | None]:
 
 def _rows(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, columns) of a list's entries."""
-    with source.open(encoding="utf-8-sig", newline="") as lines:
-        if source.suffix.lower() == ".csv":
-            reader = csv.DictReader(lines)
-            for row in reader:
-                yield reader.line_num, row
+    of_format = _csv_rows if source.suffix.lower() == ".csv" else _jsonl_rows
+    try:
+        with source.open(encoding="utf-8-sig", newline="") as lines:
+            yield from of_format(source, lines)
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{source}, line {_undecodable_line(source)} is not UTF-8; lists are read as UTF-8, so save it as that"
+        ) from None
+
+
+def _csv_rows(source: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    # Without strict, a quote that is not closed takes all rows after it for its field, and nothing is said.
+    reader = csv.DictReader(lines, strict=True)
+    begin = 1
+    try:
+        if reader.fieldnames is None:
             return
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{source}, line {number} is not JSON ({error}); give one object a line") from error
-                if not isinstance(row, dict):
-                    raise UserError(f'{source}, line {number} is not an object; give {{"path": ..., "caption": ...}}')
-                yield number, row
+        begin = reader.line_num + 1
+        for row in reader:
+            yield reader.line_num, row
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{source} cannot be read as CSV from line {begin} on ({error}); close the quotes, double those within a "
+            f"field, and keep fields to {csv.field_size_limit()} characters"
+        ) from error
+
+
+def _jsonl_rows(source: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{source}, line {number} is not JSON ({error}); give one object a line") from error
+            if not isinstance(row, dict):
+                raise UserError(f'{source}, line {number} is not an object; give {{"path": ..., "caption": ...}}')
+            yield number, row
+
+
+def _undecodable_line(source: Path) -> int:
+    """Number of the first line that is not UTF-8; the decoder, which takes the file in blocks, cannot tell it."""
+    number = 1
+    with source.open("rb") as lines:
+        for line in lines:
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                break
+            number += 1
+    return number
 
 
 # --- tars

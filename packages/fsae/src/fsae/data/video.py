@@ -41,12 +41,16 @@ _BT709 = 1  # the same number for primaries, transfer and matrix in the H.264 st
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file holds: number of frames, size in pixels as shown (upright), frames per second."""
+    """What a video file holds: number of frames, size in pixels as shown (upright), frames per second.
+
+    counted: whether the frames are counted, by the container or here, and not worked out from the duration.
+    """
 
     frames: int
     height: int
     width: int
     fps: float
+    counted: bool = True
 
     @property
     def duration(self) -> float:
@@ -75,10 +79,10 @@ def probe(path: Readable, count: bool = True) -> VideoInfo:
             raise UserError(f"the video {path} holds no frame; give another file")
         height, width = shown_size(first)
         fps = frame_rate(stream, path)
-        frames = stream.frames
-        if not frames and not count and container.duration:
-            frames = max(1, round(container.duration / av.time_base * fps))
-        return VideoInfo(frames or 1 + sum(1 for _ in decoded), height, width, fps)
+        if not stream.frames and not count and container.duration:
+            about = max(1, round(container.duration / av.time_base * fps))
+            return VideoInfo(about, height, width, fps, counted=False)
+        return VideoInfo(stream.frames or 1 + sum(1 for _ in decoded), height, width, fps)
 
 
 def stream_video(

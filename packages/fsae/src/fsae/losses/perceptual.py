@@ -14,7 +14,6 @@ and back to the reconstruction (paper §2.2.1, the tactics of stage 3), and hold
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -230,14 +228,22 @@ def _copy(parameter: Tensor, state: Mapping[str, Tensor], name: str, prefix: str
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name; what else a .pth may hold is left out."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; give the files with the perceptual network's trunk and heads")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:
+        # Bytes that are no pickle make the unpickler follow instructions that nobody wrote: it raises nearly anything.
         raise CheckpointError(
-            f"{path} does not hold plain tensors; give a .safetensors or a state-dict .pth"
+            f"{path} cannot be read as plain tensors; give a .safetensors or a state-dict .pth"
         ) from error
-    return dict(state.get("state_dict", state))
+    if isinstance(state, Mapping):
+        state = state.get("state_dict", state)
+    named = state.items() if isinstance(state, Mapping) else ()
+    tensors = {name: value for name, value in named if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors by name; give a .safetensors or a state-dict .pth")
+    return tensors

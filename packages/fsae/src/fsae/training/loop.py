@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from fsae.checkpoint import save_state
-from fsae.errors import UserError
+from fsae.errors import CheckpointError, UserError
 from fsae.training import checkpointing, sharding
 from fsae.training.config import LoopConfig
 from fsae.training.ema import MovingAverage
@@ -406,6 +406,11 @@ class _Run:
                 "set resume to true to go on with it, or choose another output_dir"
             )
         state = checkpointing.read_json(folder / "state.json")
+        if missing := {"step", "settings"} - set(state):
+            raise CheckpointError(
+                f"{folder / 'state.json'} lacks {' and '.join(sorted(missing))}; remove {folder} to go on from the "
+                "checkpoint before it"
+            )
         checkpointing.check_settings(folder, state["settings"], self.settings)
         for trained, optimizer, scaler in zip(self._all_trained, _OPTIMIZERS, _SCALERS, strict=False):
             checkpointing.load_modules(folder, trained.modules)

@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors import SafetensorError
 from torch.utils.data import default_collate
 
 from fsae.data.buckets import BucketedClips
 from fsae.data.datasets import ClipDataset, VideoFolder
 from fsae.data.settings import ClipsConfig
+from fsae.errors import UserError
+from fsae.files import check_folder
 from fsae.training.config import LoopConfig
 from fsae.training.loop import TrainingResult
 
@@ -47,7 +50,11 @@ def read_samples(
     A dataset that is given stands for the clips that ``config`` describes, or that ``mixture`` does if there is one.
     Without held-out samples the first training samples are validated on; of a mixture, whose clips differ in size, the
     first of ``config``'s own length and size.
+
+    Raises:
+        UserError: the run's folder cannot be made, before a sample is looked at; or the samples' own errors.
     """
+    check_folder(config.loop.output_dir)
 
     def clips(source: str) -> VideoFolder:
         size = (config.height, config.width)
@@ -84,13 +91,22 @@ def save_parts(result: TrainingResult, parts: Mapping[str, Any]) -> list[Path]:
     """Write parts of a pipeline, each by its ``save_pretrained``, as folders of diffusers' layout in the run's folder.
 
     A folder appears whole, in place of that of an earlier run; only the main process writes.
+
+    Raises:
+        UserError: a folder cannot be written, such as on a full disk.
     """
     folders = [result.output_dir / name for name in parts]
     if result.is_main_process:
         for folder, part in zip(folders, parts.values(), strict=True):
             temporary = folder.with_name(f".{folder.name}.partial")
             shutil.rmtree(temporary, ignore_errors=True)
-            part.save_pretrained(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
+            try:
+                part.save_pretrained(temporary)
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(temporary, folder)
+            except (OSError, SafetensorError) as error:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise UserError(
+                    f"cannot write {folder} ({error}); the run's last checkpoint is whole: make room, and run again"
+                ) from error
     return folders
