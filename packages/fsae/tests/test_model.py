@@ -357,11 +357,12 @@ def test_saved_and_loaded_is_the_same_model(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_a_first_frame_of_another_clip_is_refused() -> None:
     model = tiny("standard")
-    latents = torch.zeros(2, *model.latent_shape(5, 64, 128))
+    latents = torch.zeros(2, *model.latent_shape(5, 64, 128), dtype=torch.double)
     for shape in ((2, 3, 1, 128, 64), (1, 3, 1, 64, 128), (2, 1, 1, 64, 128)):
         with pytest.raises(UserError, match=r"first_frame is \(.*latents of 2x1 it is \(2, 3, 1, 64, 128\)"):
-            model.decode(latents, torch.zeros(shape))
-    assert model.decode(latents, torch.zeros(2, 3, 1, 64, 128)).shape == (2, 3, 5, 64, 128)
+            model.decode(latents, torch.zeros(shape, dtype=torch.double))
+    fitting = torch.zeros(2, 3, 1, 64, 128, dtype=torch.double)
+    assert model.decode(latents, fitting).shape == (2, 3, 5, 64, 128)
 
 
 @pytest.mark.parametrize(

@@ -410,7 +410,7 @@ def _device_name(device: torch.device) -> str:
 
 def _new_folder(folder: str | os.PathLike[str]) -> Path:
     """Where a new folder will lie; what is there already is not overwritten."""
-    target = Path(os.path.abspath(folder))
+    target = Path(os.path.realpath(folder))
     if target.is_dir():
         if any(target.iterdir()):
             raise UserError(f"{folder} is not empty; give a new folder")
