@@ -1,7 +1,7 @@
 """Measures a nano model on held-out photographs and held-out wordings, and writes the figures into its model card.
 
     python tools/nano/evaluate.py                       # the packaged model; prints, and updates its card
-    python tools/nano/evaluate.py --model FOLDER --cases 64 --frames-to build/nano/frames
+    python tools/nano/evaluate.py --model FOLDER --cases 32 --frames-to build/nano/frames
 
 A case is a held-out photograph and one of the eight motions, asked for in words that training never saw. Measured are
 frame 0 of the video against the photograph that went in (PSNR), and the camera's motion against the prompt; as a
@@ -138,7 +138,7 @@ def main() -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a pipeline's folder; the packaged nano model if left out")
-    parser.add_argument("--cases", type=int, default=32, help="how many photograph x motion cases")
+    parser.add_argument("--cases", type=int, default=64, help="how many photograph x motion cases")
     parser.add_argument("--side", type=int, default=256, help="pixels of the square videos")
     parser.add_argument("--frames-to", type=Path, help="a folder for a picture of each video's frames")
     parser.add_argument("--json", type=Path, help="a file for the figures and all cases")
