@@ -198,3 +198,20 @@ def test_a_single_precision_cpu_convolution_is_the_librarys() -> None:
     want = torch.autograd.grad(plain.square().sum(), [x, conv.weight], retain_graph=True)
     for a, b in zip(torch.autograd.grad(conv(x).square().sum(), [x, conv.weight]), want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["standard", "lite"])
+def test_what_stages_and_blocks_give_is_not_overwritten_later(kind: Any) -> None:
+    """Hooks keep it: distillation looks at a teacher's stages, others at blocks."""
+    torch.manual_seed(0)
+    sizes = {"widths": (8,) * 7, "latent_channels": 8, "attention_head_dim": 8, "injection_head_dim": 8}
+    model = FSAE.from_preset("nano", decoder_kind=kind, **sizes).eval()
+    seen: list[tuple[Tensor, Tensor]] = []
+    for stack in (model.encoder, model.decoder):
+        for stage in stack.stages:
+            for layer in (stage, *stage.blocks):
+                layer.register_forward_hook(lambda _module, _inputs, out: seen.append((out, out.clone())))
+    model(torch.randn(1, 3, 5, 64, 64))
+    assert len(seen) > 14
+    assert all(torch.equal(out, kept) for out, kept in seen)

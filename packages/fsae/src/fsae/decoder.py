@@ -234,7 +234,7 @@ class Decoder(nn.Module):
         for s in reversed(range(self._count)):
             part = None if window is None else window.scaled(self.outer_stages.cell >> s)
             x = self.stages[s](x, None if first_frame is None else first_frame[s], noise[s], part, cache)
-        return self.conv_out(F.relu(self.norm_out(x, own=True), inplace=not torch.is_grad_enabled()), cache)
+        return self.conv_out(F.relu(self.norm_out(x), inplace=not torch.is_grad_enabled()), cache)
 
     def whole(
         self, latents: Tensor, first_frame: FirstFrame | None, noise: Sequence[Sequence[Tensor]], plan: Plan
