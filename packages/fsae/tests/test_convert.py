@@ -434,8 +434,11 @@ def test_command_checks_before_it_works(
     assert "head_dim" in refused(str(folder), "-o", new, "--to", "standard")
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
 
-    def full_disk(*_: Any, **__: Any) -> None:
+    def full_disk(_: FSAE, folder: str) -> None:
+        Path(folder).mkdir()
+        (Path(folder) / "config.json").touch()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(FSAE, "save_pretrained", full_disk)
     assert "No space left" in refused(str(folder), "-o", new)
+    assert not Path(new).exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,9 +106,12 @@ def _save(model: FSAE, output: str) -> None:
     from safetensors import SafetensorError
 
     print(f"writing {output}", file=sys.stderr)
+    there = os.path.isdir(output)
     try:
         model.save_pretrained(output)
     except (OSError, SafetensorError) as error:
+        if not there:
+            shutil.rmtree(output, ignore_errors=True)
         raise UserError(
             f"the model could not be written to {output} ({error}); make room or give another place"
         ) from None
