@@ -11,7 +11,7 @@ from fsae.errors import UserError
 from fsdit import FSDiT
 from fsdit.conditioning import Condition, Context, first_frame_condition, model_input
 from fsdit.flow import FlowSchedule
-from fsdit.sampling import Step, denoise, guided_velocity
+from fsdit.sampling import GuidedVelocity, Step, denoise
 
 SHAPE = (2, 4, 3, 2, 2)
 
@@ -122,7 +122,7 @@ def test_guidance_in_one_batch_equals_two_passes() -> None:
     with torch.no_grad():
         conditional = model(inputs, times, context.text, context.image)
         unconditional = model(inputs, times, context.negative, context.image)
-        got = guided_velocity(model, noise(), condition, context, 640.0, 4.0)
+        got = GuidedVelocity(model, condition, context, 4.0)(noise(), 640.0)
     assert (conditional - unconditional).abs().max() > 1e-3
     assert torch.allclose(got, unconditional + 4.0 * (conditional - unconditional), atol=1e-5)
 

@@ -8,19 +8,75 @@ image ``B M image_dim``; timestep ``B`` = 1000·sigma. The input stacks noise, m
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from fsae.checkpoint import StrictModelMixin
-from fsdit.layers.attention import CrossAttention, SelfAttention
+from fsae.errors import UserError
+from fsdit.layers.attention import CrossAttention, KeysValues, SelfAttention
 from fsdit.layers.embeddings import ImageEmbedding, TextEmbedding, TimeEmbedding
-from fsdit.layers.layer_memory import LayerRouter, mix_states
+from fsdit.layers.layer_memory import LayerRouter, States, retrieve
 from fsdit.layers.modulation import WideLayerNorm, add_gated, at_least_float32, modulate
 from fsdit.layers.rope import Rotary, rotary_tables
+from fsdit.parallel import ContextParallel
 from fsdit.presets import PRESETS
+
+MemoryKernel = Literal["auto", "plain", "fused"]
+
+
+class Embedded(NamedTuple):
+    """Text ``B L D`` and image ``B M D`` at the model's width: what cross-attention's keys and values are made of."""
+
+    text: Tensor
+    image: Tensor | None
+
+    def keys_values(self, attention: CrossAttention) -> KeysValues:
+        """Keys and values of one block."""
+        return attention.keys_values(self.text, self.image)
+
+
+class ContextCache:
+    """Cross-attention's keys and values of every block, made at the first forward and then reused.
+
+    They depend on text and image alone, so a sampling run that gives the model one cache in all its steps computes
+    them once. A forward with other text or image tensors makes them anew. For inference: they carry no gradients.
+    """
+
+    def __init__(self) -> None:
+        self._source: tuple[Tensor, Tensor | None] | None = None
+        self._blocks: tuple[_BlockCache, ...] = ()
+
+    def holds(self, text: Tensor, image: Tensor | None) -> bool:
+        """Whether the cache was made of these very tensors."""
+        return self._source is not None and self._source[0] is text and self._source[1] is image
+
+    def start(self, text: Tensor, image: Tensor | None, embedded: Embedded, blocks: int) -> None:
+        """Forget what there is; the blocks fill the cache from ``embedded`` as they run."""
+        self._source = text, image
+        self._blocks = tuple(_BlockCache(embedded) for _ in range(blocks))
+
+    def __getitem__(self, index: int) -> _BlockCache:
+        return self._blocks[index]
+
+
+class _BlockCache:
+    """One block's keys and values."""
+
+    def __init__(self, embedded: Embedded) -> None:
+        self._embedded: Embedded | None = embedded
+        self._made: KeysValues | None = None
+
+    def keys_values(self, attention: CrossAttention) -> KeysValues:
+        """Made by the block itself, in its forward: only there are its weights sure to be at hand."""
+        if self._made is None:
+            assert self._embedded is not None
+            self._made, self._embedded = self._embedded.keys_values(attention), None
+        return self._made
 
 
 class FSDiTBlock(nn.Module):
@@ -43,20 +99,67 @@ class FSDiTBlock(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.router: LayerRouter | None = None
+        self.memory_kernel: MemoryKernel = "auto"
 
-    def forward(self, time: Tensor, text: Tensor, image: Tensor | None, rotary: Rotary, *states: Tensor) -> Tensor:
-        """X_l ``B N D`` from time ``B 6 D``, text ``B L D``, image ``B M D`` and the states, newest last.
+    def forward(
+        self,
+        time: Tensor,
+        context: Embedded | _BlockCache,
+        rotary: Rotary,
+        states: States,
+        into: Tensor | None = None,
+    ) -> Tensor:
+        """X_l ``B N D``.
 
-        The states are explicit inputs: gradient checkpointing then keeps and differentiates them like any other.
+        Args:
+            time: ``B 6 D``.
+            context: text and image, or what an earlier call made of them.
+            rotary: the tokens' positions.
+            states: X_0 ... X_{l-1}; the newest alone is enough without a router. As separate tensors they are
+                explicit inputs, which gradient checkpointing keeps and differentiates like any other.
+            into: where to write X_l, without gradients.
         """
-        x = states[-1]
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).chunk(6, dim=1)
-        hidden = memory = modulate(x, shift1, scale1, self.eps)
-        if self.router is not None:
-            memory = modulate(mix_states(states, self.router(hidden)), shift1, scale1, self.eps)
+        modulation = self.modulation + time
+        hidden, memory = self._remember(states, modulation[:, 0:1], modulation[:, 1:2])
+        keys_values = context.keys_values(self.cross_attn)
+        return self._body(states[-1], hidden, memory, modulation, keys_values, rotary, into)
+
+    def _remember(self, states: States, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """H and Ĥ, both ``B N D``."""
+        newest = states[-1]
+        if self.router is None:
+            hidden = modulate(newest, shift, scale, self.eps)
+            return hidden, hidden
+        if isinstance(states, Tensor) and self._fuses(newest):
+            from fsdit.kernels import layer_memory as fused
+
+            hidden, weights = fused.route(newest, shift, scale, self.eps, self.router)
+            return hidden, fused.retrieve(states, weights, shift, scale, self.eps)
+        hidden = modulate(newest, shift, scale, self.eps)
+        return hidden, retrieve(states, self.router(hidden), shift, scale, self.eps)
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether Layer Memory runs as Triton kernels: where told to, else on a GPU for which there is Triton."""
+        if self.memory_kernel == "auto":
+            return x.is_cuda and find_spec("triton") is not None
+        return self.memory_kernel == "fused"
+
+    def _body(
+        self,
+        x: Tensor,
+        hidden: Tensor,
+        memory: Tensor,
+        modulation: Tensor,
+        context: KeysValues,
+        rotary: Rotary,
+        into: Tensor | None,
+    ) -> Tensor:
+        """All of a block but Layer Memory. Shapes do not depend on l, so a compiler makes one graph for all blocks."""
+        _, _, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         x = add_gated(x, self.self_attn(hidden, memory, rotary), gate1)
-        x = x + self.cross_attn(self.norm3(x), text, image)
-        return add_gated(x, self.ffn(modulate(x, shift2, scale2, self.eps)), gate2)
+        x = x + self.cross_attn(self.norm3(x), context)
+        x = add_gated(x, self.ffn(modulate(x, shift2, scale2, self.eps)), gate2)
+        return x if into is None else into.copy_(x)
 
 
 class Head(nn.Module):
@@ -95,9 +198,14 @@ class FSDiT(StrictModelMixin):
         rope_theta: base of the rotary frequencies.
         layer_memory: give blocks 2 ... num_layers a router.
         memory_bias: c of the routers' start (`LayerRouter`): 1 from scratch, 7 to adapt a pretrained model.
+        memory_gate: give each router a gate that starts closed, for a pretrained model that starts bit for bit alike.
+
+    Attributes:
+        context_parallel: the processes that share each sample; set by `enable_context_parallel`.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
+    context_parallel: ContextParallel | None = None
     _supports_gradient_checkpointing = True
     _no_split_modules = ["FSDiTBlock"]
     _repeated_blocks = ["FSDiTBlock"]
@@ -124,6 +232,7 @@ class FSDiT(StrictModelMixin):
         rope_theta: float = 10000.0,
         layer_memory: bool = True,
         memory_bias: float = 1.0,
+        memory_gate: bool = False,
     ) -> None:
         super().__init__()
         if dim % num_heads or (dim // num_heads) % 2:
@@ -142,7 +251,7 @@ class FSDiT(StrictModelMixin):
         )
         if layer_memory:
             for index in range(1, num_layers):
-                self.blocks[index].router = LayerRouter(dim, index + 1, memory_bias)
+                self.blocks[index].router = LayerRouter(dim, index + 1, memory_bias, memory_gate)
         self.head = Head(dim, out_channels * math.prod(patch_size), eps)
         self.gradient_checkpointing = False
         self.reset_parameters()
@@ -166,12 +275,44 @@ class FSDiT(StrictModelMixin):
         """All router weights and biases: they train with ten times the rate and no weight decay (`fsdit.training`)."""
         return [p for m in self.blocks.modules() if isinstance(m, LayerRouter) for p in m.parameters()]
 
+    def enable_context_parallel(self, group: Any = None) -> None:
+        """Share every sample's tokens among the processes of a group (None: all processes), as `fsdit.parallel` says.
+
+        All of them then call the model alike, with the same inputs, and all receive the whole output.
+        """
+        self.context_parallel = ContextParallel(group)
+        for block in self._own_blocks():
+            block.self_attn.context_parallel = self.context_parallel
+
+    def set_memory_kernel(self, kernel: MemoryKernel) -> None:
+        """How Layer Memory runs in inference: "plain" PyTorch, "fused" in Triton kernels, or "auto", the fused form on
+        a GPU. Training takes the plain form."""
+        if kernel not in get_args(MemoryKernel):
+            raise UserError(f"memory kernel {kernel!r} given; one of {', '.join(get_args(MemoryKernel))} is accepted")
+        if kernel == "fused" and find_spec("triton") is None:
+            raise UserError('the memory kernel "fused" needs Triton, which is not installed; pip install triton')
+        for block in self._own_blocks():
+            block.memory_kernel = kernel
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Compile what all blocks share, one graph for all of them; Layer Memory, whose number of states grows from
+        block to block, stays outside. The arguments are torch.compile's."""
+        body = torch.compile(FSDiTBlock._body, *args, **kwargs)
+        for block in self._own_blocks():
+            block._body = body.__get__(block)  # type: ignore[method-assign]
+
+    def _own_blocks(self) -> Iterator[FSDiTBlock]:
+        for block in self.blocks:
+            assert isinstance(block, FSDiTBlock)
+            yield block
+
     def forward(
         self,
         hidden_states: Tensor,
         timestep: Tensor,
         encoder_hidden_states: Tensor,
         encoder_hidden_states_image: Tensor | None = None,
+        cache: ContextCache | None = None,
     ) -> Tensor:
         """The velocity eps - z0 that the model predicts.
 
@@ -180,11 +321,14 @@ class FSDiT(StrictModelMixin):
             timestep: ``B``, 1000·sigma as floats.
             encoder_hidden_states: text, ``B L text_dim`` with L <= text_len.
             encoder_hidden_states_image: image, ``B M image_dim``; required unless image_dim is None.
+            cache: keeps what only depends on text and image from call to call, in inference.
 
         Returns:
             ``B out_channels t h w`` in the dtype of the model's weights (or of autocast).
         """
         self._check_inputs(hidden_states, encoder_hidden_states, encoder_hidden_states_image)
+        if cache is not None and torch.is_grad_enabled():
+            raise ValueError("a context cache carries no gradients; call the model under torch.no_grad()")
         grid = self._token_grid(hidden_states)
         head_dim = self.config.dim // self.config.num_heads
         rotary = rotary_tables(grid, head_dim, self.config.rope_theta, hidden_states.device)
@@ -193,25 +337,60 @@ class FSDiT(StrictModelMixin):
 
         time = self.time_embedding(timestep)
         projection = self.time_projection(nn.functional.silu(time).to(self.time_projection.weight.dtype))
-        text = self.text_embedding(self._pad_text(encoder_hidden_states.to(dtype)))
-        image = None
-        if self.image_embedding is not None and encoder_hidden_states_image is not None:
-            image = self.image_embedding(encoder_hidden_states_image.to(dtype))
+        context = self._context(encoder_hidden_states, encoder_hidden_states_image, cache)
 
-        x = self._run_blocks(x, at_least_float32(projection).unflatten(1, (6, -1)), text, image, rotary)
-        return self._unpatchify(self.head(x, at_least_float32(time)), grid)
+        if self.context_parallel is not None:
+            # Before X_0 is recorded: all states are split with the tokens.
+            x = self.context_parallel.split(x)
+            cosine, sine = (self.context_parallel.split(table, dim=0) for table in (rotary.cosine, rotary.sine))
+            rotary = Rotary(cosine, sine, rotary.length)
+        x = self._run_blocks(x, at_least_float32(projection).unflatten(1, (6, -1)), context, rotary)
+        x = self.head(x, at_least_float32(time))
+        if self.context_parallel is not None:
+            x = self.context_parallel.gather(x, rotary.length)
+        return self._unpatchify(x, grid)
 
-    def _run_blocks(self, x: Tensor, time: Tensor, text: Tensor, image: Tensor | None, rotary: Rotary) -> Tensor:
+    def _context(
+        self, text: Tensor, image: Tensor | None, cache: ContextCache | None
+    ) -> Callable[[int], Embedded | _BlockCache]:
+        """What block i's cross-attention sees."""
+        if cache is not None and cache.holds(text, image):
+            return cache.__getitem__
+        dtype = self.patch_embedding.weight.dtype
+        embedded_image = None
+        if self.image_embedding is not None and image is not None:
+            embedded_image = self.image_embedding(image.to(dtype))
+        embedded = Embedded(self.text_embedding(self._pad_text(text.to(dtype))), embedded_image)
+        if cache is None:
+            return lambda index: embedded
+        cache.start(text, image, embedded, len(self.blocks))
+        return cache.__getitem__
+
+    def _run_blocks(
+        self, x: Tensor, time: Tensor, context: Callable[[int], Embedded | _BlockCache], rotary: Rotary
+    ) -> Tensor:
         """X_L ``B N D``. Every state is kept while Layer Memory may still read it, otherwise only the newest."""
-        states = [x]
-        for block in self.blocks:
-            inputs = states if block.router is not None else states[-1:]
+        if self.config.layer_memory and not torch.is_grad_enabled():
+            return self._run_blocks_in_place(x, time, context, rotary)
+        states: tuple[Tensor, ...] = (x,)
+        for index, block in enumerate(self.blocks):
+            arguments = time, context(index), rotary, states
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, time, text, image, rotary, *inputs)
+                x = self._gradient_checkpointing_func(block, *arguments)
             else:
-                x = block(time, text, image, rotary, *inputs)
-            states = [*states, x] if self.config.layer_memory else [x]
+                x = block(*arguments)
+            states = (*states, x) if self.config.layer_memory else (x,)
         return x
+
+    def _run_blocks_in_place(
+        self, x: Tensor, time: Tensor, context: Callable[[int], Embedded | _BlockCache], rotary: Rotary
+    ) -> Tensor:
+        """All states in one buffer ``L + 1 B N D``, which every block writes the next one into."""
+        states = x.new_empty(len(self.blocks) + 1, *x.shape)
+        states[0] = x
+        for index, block in enumerate(self.blocks):
+            block(time, context(index), rotary, states[: index + 1], states[index + 1])
+        return states[-1]
 
     def _token_grid(self, hidden_states: Tensor) -> tuple[int, int, int]:
         t, h, w = (size // patch for size, patch in zip(hidden_states.shape[2:], self.config.patch_size, strict=True))

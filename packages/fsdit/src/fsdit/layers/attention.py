@@ -7,13 +7,14 @@ input and hence one projection; Q has an input of its own under Layer Memory (pa
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from fsdit.layers.rope import Rotary, rotate
+from fsdit.parallel import ContextParallel
 
 
 class _Attention(nn.Module, AttentionModuleMixin):
@@ -40,19 +41,41 @@ class _Attention(nn.Module, AttentionModuleMixin):
         return x.unflatten(-1, (self.num_heads, -1))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """softmax(QKᵀ/√head_dim)V for ``B N heads head_dim``, heads merged again: ``B N D``."""
-        return dispatch_attention_fn(query, key, value, backend=self._attention_backend).flatten(2)
+        """softmax(QKᵀ/√head_dim)V for ``B N heads head_dim``; of that shape. One key and value serve any batch."""
+        if len(key) == 1 < len(query):
+            key, value = key.expand(len(query), -1, -1, -1), value.expand(len(query), -1, -1, -1)
+        return dispatch_attention_fn(query, key, value, backend=self._attention_backend)
 
 
 class SelfAttention(_Attention):
-    """W_o·Attn(Q, K, V) with Q from the block's own input and K, V from what Layer Memory retrieved."""
+    """W_o·Attn(Q, K, V) with Q from the block's own input and K, V from what Layer Memory retrieved.
+
+    Attributes:
+        context_parallel: The processes that share the sequence, if several do (`fsdit.parallel`).
+    """
+
+    context_parallel: ContextParallel | None = None
 
     def forward(self, hidden: Tensor, memory: Tensor, rotary: Rotary) -> Tensor:
-        """hidden and memory ``B N D`` -> ``B N D``. Without Layer Memory both are the same tensor."""
+        """hidden and memory ``B n D`` -> ``B n D``. Without Layer Memory both are the same tensor."""
         key, value = self.to_kv(memory).chunk(2, dim=-1)
         query = rotate(self.heads(self.norm_q(self.to_q(hidden))), rotary)
         key = rotate(self.heads(self.norm_k(key)), rotary)
-        return self.to_out(self.attend(query, key, self.heads(value)))
+        if self.context_parallel is None:
+            out = self.attend(query, key, self.heads(value))
+        else:
+            out = self.context_parallel.attend(query, key, self.heads(value), self.attend, rotary.length)
+        return self.to_out(out.flatten(2))
+
+
+class KeysValues(NamedTuple):
+    """What a cross-attention makes of its context: keys and values ``B L heads head_dim`` of the text, ``B M heads
+    head_dim`` of the image (None without image). They are the same in every step of a sampling run."""
+
+    text_key: Tensor
+    text_value: Tensor
+    image_key: Tensor | None = None
+    image_value: Tensor | None = None
 
 
 class CrossAttention(_Attention):
@@ -66,12 +89,19 @@ class CrossAttention(_Attention):
         self.to_kv_image = nn.Linear(dim, 2 * dim) if image else None
         self.norm_k_image = nn.RMSNorm(dim, eps=eps) if image else None
 
-    def forward(self, hidden: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
-        """hidden ``B N D``, text ``B L D``, image ``B M D`` (None only if built without image) -> ``B N D``."""
-        query = self.heads(self.norm_q(self.to_q(hidden)))
+    def keys_values(self, text: Tensor, image: Tensor | None) -> KeysValues:
+        """text ``B L D`` and image ``B M D`` (None only if built without image)."""
         key, value = self.to_kv(text).chunk(2, dim=-1)
-        out = self.attend(query, self.heads(self.norm_k(key)), self.heads(value))
-        if self.to_kv_image is not None and self.norm_k_image is not None and image is not None:
-            key, value = self.to_kv_image(image).chunk(2, dim=-1)
-            out = out + self.attend(query, self.heads(self.norm_k_image(key)), self.heads(value))
-        return self.to_out(out)
+        made = KeysValues(self.heads(self.norm_k(key)), self.heads(value))
+        if self.to_kv_image is None or self.norm_k_image is None or image is None:
+            return made
+        key, value = self.to_kv_image(image).chunk(2, dim=-1)
+        return made._replace(image_key=self.heads(self.norm_k_image(key)), image_value=self.heads(value))
+
+    def forward(self, hidden: Tensor, context: KeysValues) -> Tensor:
+        """hidden ``B N D`` -> ``B N D``."""
+        query = self.heads(self.norm_q(self.to_q(hidden)))
+        out = self.attend(query, context.text_key, context.text_value)
+        if context.image_key is not None and context.image_value is not None:
+            out = out + self.attend(query, context.image_key, context.image_value)
+        return self.to_out(out.flatten(2))

@@ -21,12 +21,12 @@ def at_least_float32(x: Tensor) -> Tensor:
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Mod(x) for x ``B N D`` with shift and scale ``B 1 D``."""
     wide = at_least_float32(x)
-    return (F.layer_norm(wide, x.shape[-1:], eps=eps) * (1 + scale) + shift).type_as(x)
+    return torch.addcmul(shift, F.layer_norm(wide, x.shape[-1:], eps=eps), 1 + scale).type_as(x)
 
 
 def add_gated(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """x + gate * branch, summed in at least float32 and returned in the dtype of ``x``."""
-    return (at_least_float32(x) + at_least_float32(branch) * gate).type_as(x)
+    return torch.addcmul(at_least_float32(x), at_least_float32(branch), gate).type_as(x)
 
 
 class WideLayerNorm(nn.LayerNorm):

@@ -1,0 +1,1 @@
+"""Triton kernels; the plain forms they must equal are in `fsdit.layers`."""
