@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fsdit import FSDiT
-from fsdit.layers.layer_memory import LayerRouter, mix_states
+from fsdit.layers.layer_memory import LayerRouter, mix_states, retrieve
 
 CONFIG = {
     "dim": 64,
@@ -121,10 +121,15 @@ def reference(p: dict[str, Tensor], layers: int, x: Tensor, t: Tensor, text: Ten
     return linear("head.head", norm(states[-1]) * (1 + scale) + shift).transpose(1, 2).unflatten(2, grid)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("layers", [4, 6])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_output_and_gradients_equal_the_formula(layers: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_output_and_gradients_equal_the_formula(
+    layers: int, dtype: torch.dtype, tolerance: float, checkpointing: bool
+) -> None:
     model = random_model(layers).to(dtype)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
     x, t, text, image = batch()
     out = model(x, t, text, image)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
@@ -166,7 +171,29 @@ def test_a_pretrained_model_is_left_as_it_is_with_c_7() -> None:
     assert deviation(1.0) > 1e-2  # the control: c = 1 is for training from scratch
 
 
-def test_a_gate_on_the_newest_state_is_exact() -> None:
+def test_a_closed_gate_is_exact_and_learns() -> None:
+    plain = random_model(5, layer_memory=False)
+    model = FSDiT(**{**CONFIG, "num_layers": 5, "memory_gate": True})
+    model.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("router.weight"):
+                parameter.normal_(std=0.3)
+        assert torch.equal(model(*batch()), plain(*batch()))
+    model(*batch()).square().sum().backward()
+    for block in model.blocks[1:]:
+        assert block.router.gate.grad.abs() > 0
+        with torch.no_grad():
+            block.router.gate.fill_(1.0)
+    open_gates = random_model(5, layer_memory=False)
+    ungated = FSDiT(**{**CONFIG, "num_layers": 5})
+    ungated.load_state_dict({k: v for k, v in model.state_dict().items() if "gate" not in k})
+    with torch.no_grad():
+        assert torch.allclose(model(*batch()), ungated(*batch()), atol=1e-5)
+        assert not torch.allclose(model(*batch()), open_gates(*batch()), atol=1e-2)
+
+
+def test_a_router_of_the_newest_state_alone_is_exact() -> None:
     model = random_model(5)
     plain = FSDiT(**{**CONFIG, "num_layers": 5, "layer_memory": False})
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if "router" not in k})
@@ -198,3 +225,97 @@ def test_mix_keeps_the_states_dtype_and_sums_in_float32() -> None:
     assert torch.equal(mixed, expected.bfloat16()) or (mixed - expected).abs().max() < 2**-8 * expected.abs().max()
     with pytest.raises(ValueError, match="4 router weights for 3 states"):
         mix_states(states[:3], weights)
+
+
+# --- the two forms of the states -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_a_buffer_in_inference_equals_separate_states_in_training(memory: bool) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        model = random_model(6, layer_memory=memory).to(dtype)
+        trained = model(*batch()).detach()
+        with torch.no_grad():
+            sampled = model(*batch())
+        assert (sampled - trained).norm() <= tolerance * trained.norm()
+
+
+def test_retrieve_differentiates_as_autograd_would() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 4), (2, 1, 5), (2, 1, 5), *[(2, 3, 5)] * 4]
+    weights, shift, scale, *states = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes
+    )
+
+    def function(weights: Tensor, shift: Tensor, scale: Tensor, *states: Tensor) -> Tensor:
+        return retrieve(states, weights, shift, scale, 1e-6)
+
+    assert torch.autograd.gradcheck(function, (weights, shift, scale, *states))
+    frozen = [state.detach() for state in states[:3]]
+    out = function(weights, shift, scale, *frozen, states[3])
+    out.sum().backward()
+    assert states[3].grad is not None and states[0].grad is None
+
+
+def kept_numbers(layers: int, memory: bool) -> int:
+    """Distinct numbers that autograd keeps for the backward pass of a model's forward."""
+    model = random_model(layers, layer_memory=memory)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model(*batch())
+    del out
+    return sum(kept.values())
+
+
+def test_memory_grows_with_the_depth_and_not_with_its_square() -> None:
+    plain = [kept_numbers(layers, False) for layers in (4, 8, 16)]
+    ours = [kept_numbers(layers, True) for layers in (4, 8, 16)]
+    extra = [with_memory - without for with_memory, without in zip(ours, plain, strict=True)]
+    # A layer adds Ĥ, H as the router's input, and a weight for each state: the last alone is quadratic, and tiny.
+    first, second = extra[1] - extra[0], extra[2] - extra[1]
+    assert second < 2.2 * first
+    assert ours[2] < 1.3 * plain[2]
+
+
+def graphs(layers: int) -> list[int]:
+    """Graphs that a compiler makes of a model's blocks in sampling, and then in training."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    model = random_model(layers).eval()
+    with torch.no_grad():
+        expected = model(*batch())
+    counter, counts = CompileCounter(), []
+    model.compile_repeated_blocks(backend=counter, fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(model(*batch()), expected, atol=1e-5)
+    counts.append(counter.frame_count)
+    model(*batch()).sum().backward()
+    torch._dynamo.reset()
+    return [*counts, counter.frame_count - counts[0]]
+
+
+def test_compiled_it_is_the_same_and_depth_adds_no_graphs() -> None:
+    # The first block's H and Ĥ are one tensor, so it has a graph of its own.
+    assert graphs(3) == graphs(6) == [2, 2]
+
+
+def test_a_whole_model_compiles_with_its_gradients() -> None:
+    torch._dynamo.reset()
+    model = random_model(4)
+    model(*batch()).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(*batch()).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, expected[name], rtol=1e-3, atol=1e-4 * expected[name].abs().max()), name
+    torch._dynamo.reset()

@@ -9,9 +9,12 @@ This file imports no torch, so that configurations can hold a schedule.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fsae.errors import UserError
 from fsdit.annotations import Generator, Tensor
+
+Level = TypeVar("Level", float, Tensor)
 
 TIMESTEPS = 1000.0
 """The model's timestep is this times sigma."""
@@ -35,21 +38,19 @@ class FlowSchedule:
         if not (self.shift > 0 and self.std > 0):
             raise UserError(f"flow schedule: shift {self.shift} and std {self.std} given; both must be above 0")
 
-    def warp(self, sigma: Tensor) -> Tensor:
+    def warp(self, sigma: Level) -> Level:
         """k·s / (1 + (k - 1)·s)."""
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
-    def sigmas(self, steps: int) -> Tensor:
-        """The ``steps + 1`` float64 levels of a sampling run, from 1 down to 0.
+    def sigmas(self, steps: int) -> tuple[float, ...]:
+        """The ``steps + 1`` levels of a sampling run, from 1 down to 0.
 
         A uniform grid from 1 to 0.001 without its last point, shifted, then 0: diffusers' grid for flow models.
         """
-        import torch
-
         if steps < 1:
             raise UserError(f"{steps} sampling steps given; at least 1 is needed")
-        grid = torch.linspace(1.0, 1.0 / TIMESTEPS, steps + 1, dtype=torch.float64)[:-1]
-        return torch.cat((self.warp(grid), grid.new_zeros(1)))
+        grid = (1 + index / steps * (1 / TIMESTEPS - 1) for index in range(steps))
+        return (*(self.warp(sigma) for sigma in grid), 0.0)
 
     def sample(self, batch: int, generator: Generator | None = None) -> Tensor:
         """``batch`` training levels on the CPU: logit-normal, shifted (paper §2.3.2)."""
@@ -79,11 +80,15 @@ def clean_from_velocity(noisy: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     return noisy - per_sample(sigma, noisy) * v
 
 
-def pseudo_huber(prediction: Tensor, target: Tensor, delta: float = 0.25) -> Tensor:
+def pseudo_huber(prediction: Tensor, target: Tensor, delta: float = 0.25, elements: bool = False) -> Tensor:
     """sqrt(MSE + delta²) - delta for each sample (``B``), computed in at least float32 (paper §2.3.2).
 
     Half a squared error over delta where the error is small, the root mean square error where it is large, so that a
-    single bad clip pulls with bounded force.
+    single bad clip pulls with bounded force. With ``elements`` each element's error takes the place of the root mean
+    square error, and the sample's mean is taken last: then a single bad element does.
     """
     error = prediction.float() - target.float() if prediction.itemsize < 4 else prediction - target
-    return (error.square().flatten(1).mean(dim=1) + delta**2).sqrt() - delta
+    squares = error.square().flatten(1)
+    if not elements:
+        squares = squares.mean(dim=1, keepdim=True)
+    return ((squares + delta**2).sqrt() - delta).mean(dim=1)

@@ -115,7 +115,7 @@ def denoise(
     Returns:
         ``B C t h w`` float32.
     """
-    run = make_solver(solver, schedule.sigmas(steps).tolist())
+    run = make_solver(solver, schedule.sigmas(steps))
     velocity_of = GuidedVelocity(model, condition, context, guidance)
     latents = noise.float()
     for index, sigma in enumerate(run.sigmas[:-1]):
