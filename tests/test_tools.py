@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 WIDTHS = ["8", "16", "32", "32", "32", "32", "64"]
@@ -107,3 +108,52 @@ def random_alexnet() -> dict[str, torch.Tensor]:
         state[f"features.{index}.weight"] = torch.randn(out, into, side, side) / (into * side * side) ** 0.5
         state[f"features.{index}.bias"] = torch.zeros(out)
     return state
+
+
+def test_the_transformer_is_timed_against_the_same_weights(tmp_path: Path) -> None:
+    bench = tool("bench", "transformer")
+    size = ["--dim", "64", "--layers", "2", "--grid", "2", "4", "4", "--rounds", "1"]
+    forward, sampling = tmp_path / "forward.json", tmp_path / "sampling.json"
+    assert bench.main(["forward", *size, "--output", str(forward)]) == 0
+    assert bench.main(["sampling", *size, "--steps", "3", "--output", str(sampling)]) == 0
+    figures, run = json.loads(forward.read_text()), json.loads(sampling.read_text())
+    assert figures["tokens"] == 8 and figures["largest_difference"] < 1e-4
+    assert set(figures["forward_seconds"]) == {"diffusers", "without memory", "with memory"}
+    assert all(seconds > 0 for seconds in figures["training_seconds"].values())
+    assert run["relative_difference"] < 1e-4 and run["memory_to_diffusers"] > 0
+
+
+def test_layer_memory_is_tried_against_its_control(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    claims = tool("claims", "transformer")
+    plans = [{"kind": "still", "direction": 1, "sprite": None}] * 20
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randn(20, 128, 2, 1, 1, generator=generator).half()
+    save_file({"low": low, "image": torch.rand(20, 3, 64, 64, generator=generator).half()}, tmp_path / "c.safetensors")
+    (tmp_path / "c.json").write_text(json.dumps(plans))
+    runs = tuple(claims.Run(kind, 0) for kind in claims.KINDS)
+    patches = {"CLIPS": tmp_path / "c", "BUILD": tmp_path / "build", "MEASURED": tmp_path / "measured", "RUNS": runs}
+    sizes = {"SEEDS": (0,), "LAYERS": 3, "SCRATCH": 2, "TUNED": 2, "POINT": 1, "HELD_OUT": 4, "BATCH": 4}
+    for name, value in {**patches, **sizes}.items():
+        monkeypatch.setattr(claims, name, value)
+    starts = {run.name: claims.make_model(run) for run in runs[:2]}
+    without, with_memory = (starts[run.name].state_dict() for run in runs[:2])
+    assert all(torch.equal(with_memory[name], value) for name, value in without.items())
+    assert {name for name in with_memory if name not in without} == {
+        f"blocks.{i}.router.{kind}" for i in (1, 2) for kind in ("weight", "bias")
+    }
+
+    monkeypatch.setattr(sys, "argv", ["transformer.py", "train", "all"])
+    assert claims.main() == 0
+    curves = {run.name: json.loads((tmp_path / "build" / run.name / "curve.json").read_text()) for run in runs}
+    assert all([point["step"] for point in points] == [0, 1, 2] for points in curves.values())
+    # Adapting begins where the model without memory ended, exactly so without memory, nearly so with it.
+    assert curves["tuned-0"][0]["loss"] == curves["scratch-0"][-1]["loss"]
+    assert curves["tuned-memory-0"][0]["loss"] == pytest.approx(curves["scratch-0"][-1]["loss"], rel=1e-2)
+    monkeypatch.setattr(sys, "argv", ["transformer.py", "report"])
+    assert claims.main() == 0
+    gap = curves["scratch-0"][2]["loss"] - curves["scratch-memory-0"][2]["loss"]
+    assert f"(a) from scratch after    2: gap {gap:+.5f}" in capsys.readouterr().out
+    assert Image.open(tmp_path / "measured" / "layer-memory.png").size[0] > 500
+    assert len((tmp_path / "measured" / "layer-memory.csv").read_text().splitlines()) == 1 + 4 * 3
