@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fsae import FSAE, slicing
-from fsae.convert import Report
 from fsae.errors import UserError
+from fsae.foreign import Report
 from fsae.inflation import center_kernel, inflate
 from fsae.slicing import Moments, kept_channels
 from fsae.variants import to_lite, to_standard

@@ -19,18 +19,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from fsae.checkpoint import Shapes, check_fit, nearest
-from fsae.dc_ae import LAYOUTS, Layout, Source, open_source
+from fsae.dc_ae import LAYOUTS, Layout, open_dc_ae, sizes
 from fsae.errors import CheckpointError, UserError
+from fsae.foreign import Report, Source
 from fsae.inflation import inflate_kernel
 from fsae.initialization import start_innermost_as_shortcuts
 from fsae.model import FSAE
@@ -50,50 +51,6 @@ SIZES = (
     "injection_reach",
 )
 """The options of FSAE that a conversion may set; the others follow from what DC-AE and a causal decoder are."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion did: the parameters of each tensor, by the name it has where it is.
-
-    Attributes:
-        carried: what the given model or checkpoint holds and the result has, by the given one's names.
-        dropped: what the given one holds and the result has not, by the given one's names.
-        new: what only the result has, by its own names.
-    """
-
-    carried: Mapping[str, int]
-    dropped: Mapping[str, int]
-    new: Mapping[str, int]
-
-    @classmethod
-    def compare(cls, given: nn.Module, result: nn.Module) -> Report:
-        """Two models that name their tensors alike; of a sliced tensor a part is carried over and a part dropped."""
-        before = {name: tensor.numel() for name, tensor in given.state_dict().items()}
-        after = {name: tensor.numel() for name, tensor in result.state_dict().items()}
-        carried = {name: min(count, after[name]) for name, count in before.items() if name in after}
-        left = {name: count - carried.get(name, 0) for name, count in before.items()}
-        return cls(
-            carried=carried,
-            dropped={name: count for name, count in left.items() if count},
-            new={name: count for name, count in after.items() if name not in before},
-        )
-
-    def parameters(self, kind: str, part: str = "") -> int:
-        """Parameters that are "carried", "dropped" or "new", in all or in one part, "encoder" or "decoder"."""
-        return sum(count for name, count in getattr(self, kind).items() if name.startswith(part))
-
-    def tensors(self, kind: str, part: str = "") -> int:
-        """Tensors, as `parameters` has it."""
-        return sum(name.startswith(part) for name in getattr(self, kind))
-
-    def __str__(self) -> str:
-        parts = ("encoder", "decoder")
-        lines = ["".join([f"{'':12}", *(f"{f'{part} tensors':>18}{'parameters':>16}" for part in parts)])]
-        for kind, label in (("carried", "carried over"), ("dropped", "dropped"), ("new", "new")):
-            cells = (f"{self.tensors(kind, part):>18,}{self.parameters(kind, part):>16,}" for part in parts)
-            lines.append("".join([f"{label:12}", *cells]))
-        return "\n".join(lines)
 
 
 def from_dc_ae(
@@ -120,17 +77,18 @@ def from_dc_ae(
             named.
         UserError: an option that is unknown or does not belong to a conversion, or sizes that do not fit each other.
     """
-    opened = open_source(source)
+    opened = open_dc_ae(source)
     options = _options(opened, config)
     shapes = _shapes(options)
     plan = plan_conversion(opened.shapes, shapes, options, opened.label)
+    opened.float_dtype()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = FSAE(**options)
     start_innermost_as_shortcuts(model)
     state = model.state_dict()
     for name in tqdm(plan.carried, desc="converting", unit="tensor", disable=not progress):
-        _carry({part: opened.read(part) for part in plan.carried[name]}, state[name])
+        _carry([opened.read(part) for part in plan.carried[name]], state[name])
     return model, plan.report(opened.shapes, shapes)
 
 
@@ -219,12 +177,9 @@ def _expected(plan: Plan, source: Shapes, target: Shapes, options: Mapping[str, 
 
 
 @torch.no_grad()
-def _carry(parts: Mapping[str, Tensor], target: Tensor) -> None:
+def _carry(parts: Sequence[Tensor], target: Tensor) -> None:
     """Fill a tensor of FSAE from those of DC-AE that it is made of."""
-    for name, part in parts.items():
-        if not part.is_floating_point():
-            raise CheckpointError(f"{name!r} is {part.dtype}; give the checkpoint with float weights, not quantised")
-    whole = torch.cat(list(parts.values())).to(target.dtype)
+    whole = torch.cat(list(parts)).to(target.dtype)
     if target.ndim == 5:
         out, inputs, taps, height, width = target.shape
         whole = inflate_kernel(whole.reshape(out, inputs, height, width), taps, taps - 1)
@@ -239,7 +194,7 @@ def _options(source: Source, overrides: Mapping[str, Any]) -> dict[str, Any]:
                 f"a conversion has no option {key!r}{nearest(key, SIZES)}; it takes sizes: {', '.join(SIZES)}"
             )
     causal = {"decoder_kind": "causal", "first_frame_injection": False, "noise": 0.0}
-    options = {"residual_stages": 3} | STANDARD | source.sizes() | dict(overrides) | causal
+    options = {"residual_stages": 3} | STANDARD | sizes(source) | dict(overrides) | causal
     lengths = {key: len(options[key]) for key in ("widths", "encoder_depths", "decoder_depths")}
     if len(set(lengths.values())) > 1 or min(lengths.values()) < 2:
         given = ", ".join(f"{key} has {length}" for key, length in lengths.items())

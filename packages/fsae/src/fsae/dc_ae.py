@@ -1,4 +1,4 @@
-"""DC-AE's checkpoints: whose names they go by, which tensor is which layer of FSAE, and how their files are opened.
+"""DC-AE's checkpoints: whose names they go by, which tensor is which layer of FSAE, and what sizes they have.
 
 The image autoencoder `dc-ae-f32c32-sana` is published twice, by mit-han-lab's own names and as diffusers'
 `AutoencoderDC`. Its stages are numbered as FSAE's are, fine to coarse, in both.
@@ -7,18 +7,15 @@ The image autoencoder `dc-ae-f32c32-sana` is published twice, by mit-han-lab's o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
-from fsae.checkpoint import folder_shapes, local_folder, tensor_shapes
 from fsae.errors import CheckpointError
-from fsae.files import read_json
+from fsae.foreign import Source, open_source
 
 RESIDUAL_BLOCK = ("conv1", "conv2", "norm")
 ATTENTION_BLOCK = (
@@ -140,104 +137,39 @@ DIFFUSERS = Layout(
 LAYOUTS = (ORIGINAL, DIFFUSERS)
 
 
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint that is open: its names and shapes now, its tensors one by one.
-
-    Attributes:
-        label: what errors call it.
-        shapes: of all its tensors.
-        read: a tensor by its name.
-        config: what its config.json says; empty where there is none.
-    """
-
-    label: str
-    shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
-    config: Mapping[str, Any] = field(default_factory=dict)
-
-    def sizes(self) -> dict[str, Any]:
-        """Widths, depths and the kinds of stages for FSAE, new innermost stage included, as config.json has them.
-
-        Raises:
-            CheckpointError: it is another kind of model, or a DC-AE of another architecture.
-        """
-        if "_class_name" not in self.config:
-            self._check_original_name()
-            return {}
-        if self.config["_class_name"] != "AutoencoderDC":
-            raise CheckpointError(
-                f"{self.label} is a saved {self.config['_class_name']}, where a DC-AE is converted (AutoencoderDC); "
-                "give the folder of dc-ae-f32c32-sana-1.0 or 1.1"
-            )
-        return _diffusers_sizes(self.config, self.label)
-
-    def _check_original_name(self) -> None:
-        """The original's config.json holds the model's name and nothing else."""
-        name = self.config.get("model_name")
-        if name is not None and not str(name).startswith("dc-ae-f32c32-sana-1."):
-            raise CheckpointError(
-                f"{self.label} is {name!r}, whose layers are not FSAE's; "
-                "give the folder of dc-ae-f32c32-sana-1.0 or 1.1"
-            )
-
-
-def open_source(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Source:
+def open_dc_ae(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Source:
     """Open a folder, a .safetensors file, a name on the Hub or a state dict; only headers are read.
 
     Raises:
         CheckpointError: there is nothing of that name, or a file is missing, cut short or no safetensors file.
     """
-    if isinstance(source, Mapping):
-        shapes = {name: tuple(tensor.shape) for name, tensor in source.items()}
-        return Source("the state dict", shapes, source.__getitem__)
-    if os.path.isfile(source):
-        _refuse_pickle(Path(source))
-        shapes = tensor_shapes(source)
-        return Source(os.fspath(source), shapes, _reader(dict.fromkeys(shapes, Path(source))))
-    return _open_folder(local_folder(source, None, {}))
+    components = ("vae", "autoencoder")
+    return open_source(source, model="its autoencoder", components=components, single="model.safetensors")
 
 
-def _open_folder(folder: Path) -> Source:
-    single = folder / "model.safetensors"
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if single.is_file():
-        shapes = tensor_shapes(single)
-        return Source(str(folder), shapes, _reader(dict.fromkeys(shapes, single)), config)
-    if not any(folder.glob("diffusion_pytorch_model*.safetensors*")):
-        raise CheckpointError(_nothing_in(folder))
-    leading, shapes = folder_shapes(folder, None)
-    shards = read_json(leading)["weight_map"] if leading.suffix == ".json" else dict.fromkeys(shapes, leading.name)
-    return Source(str(folder), shapes, _reader({name: folder / shard for name, shard in shards.items()}), config)
+def sizes(source: Source) -> dict[str, Any]:
+    """Widths, depths and the kinds of stages for FSAE, new innermost stage included, as config.json has them.
 
-
-def _reader(files: Mapping[str, Path]) -> Callable[[str], Tensor]:
-    def read(name: str) -> Tensor:
-        with safe_open(files[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
-
-    return read
-
-
-def _nothing_in(folder: Path) -> str:
-    hint = "give a folder with diffusion_pytorch_model.safetensors or model.safetensors"
-    for name in ("vae", "autoencoder"):
-        if (folder / name / "config.json").is_file():
-            return f"{folder} is a pipeline's folder; give its autoencoder, {folder / name}"
-    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-    if pickles:
-        return f"{folder} holds its weights in {pickles[0]}, which is no safetensors file; {hint}"
-    return f"{folder} holds no weights; {hint}"
-
-
-def _refuse_pickle(path: Path) -> None:
-    """torch.save writes a zip archive, or, long ago, a bare pickle."""
-    with open(path, "rb") as file:
-        start = file.read(2)
-    if start in (b"PK", b"\x80\x02", b"\x80\x04"):
+    Raises:
+        CheckpointError: it is another kind of model, or a DC-AE of another architecture.
+    """
+    if "_class_name" not in source.config:
+        _check_original_name(source)
+        return {}
+    if source.config["_class_name"] != "AutoencoderDC":
         raise CheckpointError(
-            f"{path} is a pickle, which can run code as it is read; give the model's .safetensors file or its folder"
+            f"{source.label} is a saved {source.config['_class_name']}, where a DC-AE is converted (AutoencoderDC); "
+            "give the folder of dc-ae-f32c32-sana-1.0 or 1.1"
+        )
+    return _diffusers_sizes(source.config, source.label)
+
+
+def _check_original_name(source: Source) -> None:
+    """The original's config.json holds the model's name and nothing else."""
+    name = source.config.get("model_name")
+    if name is not None and not str(name).startswith("dc-ae-f32c32-sana-1."):
+        raise CheckpointError(
+            f"{source.label} is {name!r}, whose layers are not FSAE's; give the folder of dc-ae-f32c32-sana-1.0 or 1.1"
         )
 
 

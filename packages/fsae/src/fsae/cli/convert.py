@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fsae.cli.output import check_new_folder, save_to
 from fsae.errors import UserError
-from fsae.files import check_writable, read_json
+from fsae.files import read_json
 
 if TYPE_CHECKING:
     from fsae.model import FSAE
@@ -39,14 +38,14 @@ def main(argv: list[str]) -> int:
     )
     options = parser.parse_args(argv)
     _check_options(options)
-    _check_folder(options.output)
+    check_new_folder(options.output)
     kind = _kind_of(options.source)
     if kind is not None and KINDS.index(options.to) <= KINDS.index(kind):
         raise UserError(
             f"{options.source} has a {kind} decoder already; kinds follow one another as {' -> '.join(KINDS)}, "
             "so give an earlier one's folder or a later --to"
         )
-    _save(_convert(options, kind), options.output)
+    save_to(options.output, _convert(options, kind).save_pretrained)
     return 0
 
 
@@ -55,18 +54,6 @@ def _check_options(options: argparse.Namespace) -> None:
         raise UserError("--noise is the standard decoder's, 0 or more; give it with --to standard or --to lite")
     if options.decoder_widths is not None and options.to != "lite":
         raise UserError("--decoder-widths are the lite decoder's; give them with --to lite, or leave them out")
-
-
-def _check_folder(output: str) -> None:
-    """Refuse, before any work, a place that is taken or cannot be written."""
-    if not os.path.isdir(output):
-        if os.path.exists(output):
-            raise UserError(f"cannot save a model at {output}: it is a file; give a folder")
-        check_writable(output)
-        return
-    if os.listdir(output):
-        raise UserError(f"cannot save a model at {output}: the folder is not empty; give a new one")
-    check_writable(Path(output) / "config.json")
 
 
 def _kind_of(source: str) -> str | None:
@@ -78,7 +65,8 @@ def _kind_of(source: str) -> str | None:
 
 def _convert(options: argparse.Namespace, kind: str | None) -> FSAE:
     """Go from kind to kind, from what the source is to what is asked for; print a table a step."""
-    from fsae.convert import Report, from_dc_ae
+    from fsae.convert import from_dc_ae
+    from fsae.foreign import Report
     from fsae.model import FSAE
     from fsae.variants import to_lite, to_standard
 
@@ -100,19 +88,3 @@ def _convert(options: argparse.Namespace, kind: str | None) -> FSAE:
             model = to_lite(given, options.decoder_widths)
         print(f"-> {kind} FSAE\n{Report.compare(given, model)}")
     return model
-
-
-def _save(model: FSAE, output: str) -> None:
-    from safetensors import SafetensorError
-
-    print(f"writing {output}", file=sys.stderr)
-    there = os.path.isdir(output)
-    try:
-        model.save_pretrained(output)
-    except (OSError, SafetensorError) as error:
-        if not there:
-            shutil.rmtree(output, ignore_errors=True)
-        raise UserError(
-            f"the model could not be written to {output} ({error}); make room or give another place"
-        ) from None
-    print(f"saved {output}")

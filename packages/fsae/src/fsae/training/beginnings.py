@@ -6,8 +6,9 @@ import sys
 
 import torch
 
-from fsae.convert import Report, from_dc_ae
+from fsae.convert import from_dc_ae
 from fsae.errors import UserError
+from fsae.foreign import Report
 from fsae.initialization import start_small
 from fsae.model import FSAE
 from fsae.training.stages import AutoencoderConfig

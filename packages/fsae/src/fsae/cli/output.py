@@ -1,0 +1,49 @@
+"""The folder that a command saves a model in: looked at before any work, and gone again if saving fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from fsae.errors import UserError
+from fsae.files import check_writable
+
+
+def check_new_folder(output: str) -> None:
+    """Refuse, before any work, a place that is taken or cannot be written.
+
+    Raises:
+        UserError: it is a file or a folder with something in it, or no folder can be made there.
+    """
+    if not os.path.isdir(output):
+        if os.path.exists(output):
+            raise UserError(f"cannot save a model at {output}: it is a file; give a folder")
+        check_writable(output)
+        return
+    if os.listdir(output):
+        raise UserError(f"cannot save a model at {output}: the folder is not empty; give a new one")
+    check_writable(Path(output) / "config.json")
+
+
+def save_to(output: str, save: Callable[[str], None]) -> None:
+    """Have `save` write the folder, and say so; what it began goes if it finds no room.
+
+    Raises:
+        UserError: it could not be written.
+    """
+    from safetensors import SafetensorError
+
+    print(f"writing {output}", file=sys.stderr)
+    there = os.path.isdir(output)
+    try:
+        save(output)
+    except (OSError, SafetensorError) as error:
+        if not there:
+            shutil.rmtree(output, ignore_errors=True)
+        raise UserError(
+            f"the model could not be written to {output} ({error}); make room or give another place"
+        ) from None
+    print(f"saved {output}")
