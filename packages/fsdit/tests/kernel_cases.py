@@ -1,47 +1,23 @@
-"""The Triton kernels, run by Triton's interpreter on the CPU, against the plain form and against float64."""
+"""The Triton kernels, run by Triton's interpreter on the CPU, against the plain form and against float64.
+
+Triton decides when it is imported whether it interprets, so these cases have a process of their own: `test_kernels.py`.
+"""
 
 from __future__ import annotations
-
-import importlib
-import sys
-from collections.abc import Iterator
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from fsae.errors import UserError
 from fsdit import FSDiT
+from fsdit.kernels import layer_memory as kernels
 from fsdit.layers.layer_memory import LayerRouter, mix_states
 from fsdit.layers.modulation import modulate
 
-NAME = "fsdit.kernels.layer_memory"
 EPS = 1e-6
 
 # Batch, tokens, channels, states: none divides a block of 16 tokens or 128 channels but the last.
 SHAPES = [(1, 1, 8, 2), (2, 19, 200, 5), (3, 7, 48, 17), (1, 33, 130, 39), (2, 16, 128, 4)]
-
-
-@pytest.fixture(scope="module")
-def kernels() -> Iterator[ModuleType]:
-    """The kernels' module, interpreted: Triton decides that when it is imported, so it is imported once more.
-
-    Its compiled part stays, and afterwards all is as it was.
-    """
-
-    def python_modules() -> list[str]:
-        return [m for m in sys.modules if m == NAME or (m.split(".")[0] == "triton" and "._C" not in m)]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        kept = {name: sys.modules.pop(name) for name in python_modules()}
-        try:
-            yield importlib.import_module(NAME)
-        finally:
-            for name in python_modules():
-                del sys.modules[name]
-            sys.modules.update(kept)
 
 
 def random_router(dim: int, states: int, gate: bool) -> LayerRouter:
@@ -72,9 +48,7 @@ def plain(states: Tensor, shift: Tensor, scale: Tensor, router: LayerRouter) -> 
 
 @pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize("batch, tokens, dim, count", SHAPES)
-def test_equal_to_the_plain_form(
-    kernels: ModuleType, batch: int, tokens: int, dim: int, count: int, gate: bool
-) -> None:
+def test_equal_to_the_plain_form(batch: int, tokens: int, dim: int, count: int, gate: bool) -> None:
     states, shift, scale = inputs(batch, tokens, dim, count, torch.float32)
     router = random_router(dim, count, gate)
     with torch.no_grad():
@@ -85,7 +59,7 @@ def test_equal_to_the_plain_form(
         assert (ours - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
-def test_bfloat16_states_are_summed_in_float32(kernels: ModuleType) -> None:
+def test_bfloat16_states_are_summed_in_float32() -> None:
     count = 12
     states, shift, scale = inputs(2, 19, 200, count, torch.bfloat16)
     router = random_router(200, count, False)
@@ -102,7 +76,7 @@ def test_bfloat16_states_are_summed_in_float32(kernels: ModuleType) -> None:
     assert ((memory - exact[2]).abs() / (exact[2].abs() + 1)).max() < 3 * ulp
 
 
-def test_one_shift_serves_a_batch_and_planes_may_lie_apart(kernels: ModuleType) -> None:
+def test_one_shift_serves_a_batch_and_planes_may_lie_apart() -> None:
     states, shift, scale = inputs(2, 5, 24, 3, torch.float32)
     router = random_router(24, 3, False)
     apart = torch.empty(6, 2, 5, 24)[::2]
@@ -114,7 +88,7 @@ def test_one_shift_serves_a_batch_and_planes_may_lie_apart(kernels: ModuleType) 
     assert torch.allclose(hidden, expected[0], atol=1e-5) and torch.allclose(memory, expected[2], atol=1e-5)
 
 
-def test_a_model_runs_on_them(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_runs_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     sizes = {"dim": 64, "ffn_dim": 96, "num_heads": 2, "num_layers": 5, "freq_dim": 32}
     model = FSDiT(**sizes, text_dim=8, text_len=6, image_dim=8, latent_channels=4).eval()
@@ -135,7 +109,5 @@ def test_a_model_runs_on_them(kernels: ModuleType, monkeypatch: pytest.MonkeyPat
     assert (fused - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_unknown_kernel() -> None:
-    model = FSDiT.from_preset("nano", num_layers=2)
-    with pytest.raises(UserError, match="auto, plain, fused"):
-        model.set_memory_kernel("cuda")
+def test_they_are_interpreted() -> None:
+    assert type(kernels._retrieve).__name__ == "InterpretedFunction"

@@ -1,0 +1,33 @@
+"""Layer Memory's Triton kernels: their cases in a process that interprets them, and how a model chooses them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fsae.errors import UserError
+from fsdit import FSDiT
+
+
+def test_interpreted_they_equal_the_plain_form() -> None:
+    cases = Path(__file__).with_name("kernel_cases.py")
+    command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", str(cases)]
+    run = subprocess.run(
+        command,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout
+    assert "14 passed" in run.stdout
+
+
+def test_unknown_kernel() -> None:
+    model = FSDiT.from_preset("nano", num_layers=2)
+    with pytest.raises(UserError, match="auto, plain, fused"):
+        model.set_memory_kernel("cuda")
