@@ -201,7 +201,7 @@ class FSDiT(StrictModelMixin):
         memory_gate: give each router a gate that starts closed, for a pretrained model that starts bit for bit alike.
 
     Attributes:
-        context_parallel: the processes that share each sample; set by `enable_context_parallel`.
+        context_parallel: the processes that share each sample, if any do; set by `enable_context_parallel`.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
@@ -280,9 +280,16 @@ class FSDiT(StrictModelMixin):
 
         All of them then call the model alike, with the same inputs, and all receive the whole output.
         """
-        self.context_parallel = ContextParallel(group)
+        self._set_context_parallel(ContextParallel(group))
+
+    def disable_context_parallel(self) -> None:
+        """Call the model alone again."""
+        self._set_context_parallel(None)
+
+    def _set_context_parallel(self, parallel: ContextParallel | None) -> None:
+        self.context_parallel = parallel
         for block in self._own_blocks():
-            block.self_attn.context_parallel = self.context_parallel
+            block.self_attn.context_parallel = parallel
 
     def set_memory_kernel(self, kernel: MemoryKernel) -> None:
         """How Layer Memory runs in inference: "plain" PyTorch, "fused" in Triton kernels, or "auto", the fused form on

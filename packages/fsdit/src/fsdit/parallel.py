@@ -131,7 +131,7 @@ class _AllToAll(torch.autograd.Function):
         return _all_to_all(x, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _all_to_all(gradient, ctx.group), None
 
 
@@ -146,7 +146,7 @@ class _Gather(torch.autograd.Function):
         return parts
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         # A reduce-scatter; by an all-to-all, so that the sum has the same order and width on every back end.
         return _all_to_all(gradient, ctx.group).sum(0), None, None
 

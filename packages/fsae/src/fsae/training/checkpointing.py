@@ -4,7 +4,7 @@
         <module>.safetensors     weights of each trained module
         ema.safetensors          averaged weights (only with ema_decay above 0)
         optimizer.safetensors    "<moment>/<module>.<parameter>"
-        random-00000.*           random state of each process: .safetensors and .json
+        random-00000.*           random state of each process (or of those that share samples): .safetensors and .json
         state.json               step, data position, settings, loss scaler
 
 A folder is written under a temporary name and renamed once everything is in it; older ones go only after

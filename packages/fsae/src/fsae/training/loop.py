@@ -16,7 +16,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,14 +33,15 @@ from tqdm import tqdm
 
 from fsae.checkpoint import save_state
 from fsae.errors import CheckpointError, UserError
-from fsae.training import checkpointing, sharding
+from fsae.training import checkpointing
 from fsae.training.config import LoopConfig
 from fsae.training.ema import MovingAverage
 from fsae.training.logs import Logs
-from fsae.training.order import EpochItems, MicroBatches, derived_generator, derived_seed, order_of
+from fsae.training.order import EpochItems, MicroBatches, data_place, derived_generator, derived_seed, order_of
 from fsae.training.stopping import StopRequests, WorkerSignals
 from fsae.training.task import KEEP, Task, decay_groups
 from fsae.training.trained import Trained
+from fsae.training.zero3 import Zero3
 
 __all__ = ["Task", "TrainingResult", "train"]
 
@@ -61,32 +62,32 @@ class TrainingResult:
         stopped: Why it ended before max_steps: "signal" (SIGTERM, Ctrl-C), "time" (max_minutes) or None.
         output_dir: Where its checkpoints are.
         is_main_process: Whether this process is the one that should write the exported model.
-        modules: The trained modules, holding the trained weights until they are exported.
+        trained: The trained modules, holding the trained weights until they are exported.
         average: The moving average, or None with ema_decay 0.
-        templates: Under sharding "fsdp2", where the modules hold but a part of the weights: what ``export`` makes
-            whole again.
     """
 
     step: int
     stopped: StopReason | None
     output_dir: Path
     is_main_process: bool
-    modules: Mapping[str, nn.Module]
+    trained: Trained = field(repr=False)
     average: MovingAverage | None = field(repr=False)
-    templates: Mapping[str, nn.Module] | None = field(default=None, repr=False)
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The trained modules by name; under sharding they hold but a part of the weights."""
+        return self.trained.modules
 
     def export(self, name: str) -> nn.Module:
         """The module ``name`` in eval mode, with the averaged weights if there is an average.
 
-        Under sharding "fsdp2" all processes must call it; each gets a whole module.
+        Under sharding all processes must call it; each gets a whole module.
         """
         if name not in self.modules:
             raise UserError(f"{name!r} was not trained; trained were {', '.join(self.modules)}")
         if self.average is not None:
             self.average.copy_to_weights()
-        if self.templates is not None:
-            return sharding.assembled(self.modules[name], self.templates[name]).eval()
-        return self.modules[name].eval()
+        return self.trained.export(name)
 
 
 def train(
@@ -136,34 +137,32 @@ class _Run:
         )
         self.rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
-        cut = (config.seed, config.batch_size, config.gradient_accumulation_steps, processes, self.rank)
+        self.data_rank, data_processes = data_place(self.rank, processes, task.ranks_per_sample)
+        cut = (config.seed, config.batch_size, config.gradient_accumulation_steps, data_processes, self.data_rank)
         self.order = order_of(dataset, *cut)
         self.dataset, self.collate, self.worker_signals = EpochItems(dataset), collate, WorkerSignals()
         self.settings = {
             "loop": config.result_settings(),
             "task": dict(task.settings),
             "data": {"samples": len(dataset), **getattr(dataset, "settings", {})},
-            "processes": processes,
+            "processes": data_processes,
             **({"opponent_optimizer": asdict(task.opponent_optimizer)} if task.opponents else {}),
         }
         for module in task.frozen.values():
             module.to(self.accelerator.device).eval()
-        self._make_trained(sharded=config.sharding == "fsdp2" and processes > 1)
+        self._make_trained(config.sharding if processes > 1 else "ddp")
         self.saved_at = -1
 
-    def _make_trained(self, sharded: bool) -> None:
+    def _make_trained(self, kind: str) -> None:
         task, config = self.task, self.config
-        self.templates = {name: sharding.template(m) for name, m in task.modules.items()} if sharded else None
-        self.model = Trained(
-            self.accelerator, task.modules, task.parameter_groups, config.optimizer, config, sharded=sharded
-        )
+        model = self.accelerator, task.modules, task.parameter_groups, config.optimizer, config
+        self.model = Zero3(*model) if kind == "zero3" else Trained(*model, sharded=kind == "fsdp2")
         self.opponents: Trained | None = None
         if task.opponents:
             # Never sharded: they are small, and the model's loss calls them outside of their own forward.
             groups = partial(decay_groups, task.opponents.values())
             self.opponents = Trained(self.accelerator, task.opponents, groups, task.opponent_optimizer, config)
-        weights = {name: p for p, name in self.model.names.items()}
-        self.average = MovingAverage(weights, config.ema_decay) if config.ema_decay > 0 else None
+        self.average = MovingAverage(self.model.weights, config.ema_decay) if config.ema_decay > 0 else None
 
     @property
     def _all_trained(self) -> list[Trained]:
@@ -174,7 +173,7 @@ class _Run:
 
     def go(self) -> TrainingResult:
         """Resume if there is something to resume, then train."""
-        seed = derived_seed(self.config.seed, self.rank)
+        seed = derived_seed(self.config.seed, self.data_rank)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
@@ -186,16 +185,27 @@ class _Run:
         )
         stopped: StopReason | None = None
         try:
-            with StopRequests(self.config.max_minutes) as requests:
+            with StopRequests(self.config.max_minutes) as requests, self._samples_shared():
                 step, stopped = self._steps(start, logs, progress, requests)
         finally:
             self.worker_signals.run_has_ended()
             progress.close()
             if logs is not None:
                 logs.close()
-        return TrainingResult(
-            step, stopped, self.output_dir, self.main, self.task.modules, self.average, self.templates
-        )
+        return TrainingResult(step, stopped, self.output_dir, self.main, self.model, self.average)
+
+    @contextmanager
+    def _samples_shared(self) -> Iterator[None]:
+        """The task knows the processes that share its samples, if there are any."""
+        if self.task.ranks_per_sample == 1:
+            yield
+            return
+        group, _ = torch.distributed.new_subgroups(self.task.ranks_per_sample)
+        self.task.share_samples(group)
+        try:
+            yield
+        finally:
+            self.task.share_samples(None)
 
     def _steps(
         self, start: int, logs: Logs | None, progress: Any, requests: StopRequests
@@ -259,7 +269,7 @@ class _Run:
     def _differentiate(self, batch: Any, step: int, micro: int) -> dict[str, Tensor]:
         """Add one micro-batch's gradients, the model's and then its opponents'; returns the scalars."""
         task, model, opponents = self.task, self.model, self.opponents
-        generators = [derived_generator(self.config.seed, step, micro, self.rank, player) for player in (1, 2)]
+        generators = [derived_generator(self.config.seed, step, micro, self.data_rank, player) for player in (1, 2)]
         with nullcontext() if opponents is None else opponents.untouched():
             output = model.forward(task.loss, batch, generators[0])
             model.backward(output["loss"])  # in here, since checkpointed blocks run once more
@@ -325,7 +335,7 @@ class _Run:
 
     def _validate(self, step: int, logs: Logs | None) -> None:
         """Validate; the run's random state is the same afterwards."""
-        if self.main or self.model.sharded:
+        if self.data_rank == 0 or self.model.sharded:
             state = checkpointing.random_state()
             with ExitStack() as stack:
                 for trained in self._all_trained:
@@ -350,13 +360,13 @@ class _Run:
             attempt(checkpointing.remove_partial, self.output_dir)
             attempt(temporary.mkdir)
         for name, tensors in self._state():
-            whole = sharding.gathered(tensors, keep=self.main)
             if self.main:
-                attempt(save_state, whole, temporary / name)
+                attempt(save_state, tensors, temporary / name)
         if self.main:
             attempt(checkpointing.write_json, temporary / "state.json", self._values(step))
         self._end_if_failed(attempt, step)
-        attempt(checkpointing.save_random_state, temporary, self.rank)
+        if self.rank % self.task.ranks_per_sample == 0:  # those that share samples draw the same
+            attempt(checkpointing.save_random_state, temporary, self.data_rank)
         self._end_if_failed(attempt, step)
         if self.main:
             attempt(checkpointing.publish, temporary, final, self.config.keep_checkpoints)
@@ -377,14 +387,14 @@ class _Run:
         ) from attempt.error
 
     def _state(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        """The tensors of a checkpoint, by file."""
+        """The tensors of a checkpoint, by file; whole, in the main process."""
         for trained in self._all_trained:
-            for name, module in trained.modules.items():
-                yield f"{name}.safetensors", module.state_dict()
+            for name in trained.modules:
+                yield f"{name}.safetensors", trained.state(name, keep=self.main)
         if self.average is not None:
-            yield "ema.safetensors", self.average.shadow
+            yield "ema.safetensors", self.model.gathered(self.average.shadow, keep=self.main)
         for name, trained in zip(_OPTIMIZERS, self._all_trained, strict=False):
-            yield f"{name}.safetensors", trained.moments()
+            yield f"{name}.safetensors", trained.moments(keep=self.main)
 
     def _values(self, step: int) -> dict[str, Any]:
         epoch, offset = self.order.position(step)
@@ -413,13 +423,13 @@ class _Run:
             )
         checkpointing.check_settings(folder, state["settings"], self.settings)
         for trained, optimizer, scaler in zip(self._all_trained, _OPTIMIZERS, _SCALERS, strict=False):
-            checkpointing.load_modules(folder, trained.modules)
+            trained.load_modules(folder)
             trained.load_moments(checkpointing.load_tensors(folder / f"{optimizer}.safetensors"))
             if trained.scaler.is_enabled():
                 trained.scaler.load_state_dict(state[scaler])
         if self.average is not None:
-            self.average.load(checkpointing.load_tensors(folder / "ema.safetensors"))
-        checkpointing.load_random_state(folder, self.rank)
+            self.average.load(self.model.parts(checkpointing.load_tensors(folder / "ema.safetensors")))
+        checkpointing.load_random_state(folder, self.data_rank)
         self.saved_at = int(state["step"])
         if self.main:
             tqdm.write(f"going on from {folder}", file=sys.stderr)

@@ -4,6 +4,8 @@ The run sees one endless stream of samples. Sample number g belongs to epoch g /
 epoch's permutation, which follows from (seed, epoch) alone. Step s takes the next accumulation x processes x
 batch samples; the data position of a run is therefore its step, and two ways to cut the same number of
 samples into micro-batches see the same samples in the same update.
+
+Processes that share each sample, by its tokens for instance, count here as one.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from fsae.errors import UserError
+
 
 def derived_seed(*parts: int) -> int:
     """A 63-bit seed that depends on every part and on their order, the same on every machine."""
@@ -26,6 +30,20 @@ def derived_seed(*parts: int) -> int:
 def derived_generator(*parts: int) -> torch.Generator:
     """A CPU generator seeded by ``derived_seed``."""
     return torch.Generator().manual_seed(derived_seed(*parts))
+
+
+def data_place(rank: int, processes: int, ranks_per_sample: int) -> tuple[int, int]:
+    """(rank, processes) as an order counts them, where ``ranks_per_sample`` neighbouring processes count as one.
+
+    Raises:
+        UserError: the processes do not divide into such groups.
+    """
+    if processes % ranks_per_sample:
+        raise UserError(
+            f"{processes} process{'es' if processes > 1 else ''} cannot be divided into groups of {ranks_per_sample} "
+            f"that share each sample; start a multiple of {ranks_per_sample} processes, or let fewer share a sample"
+        )
+    return rank // ranks_per_sample, processes // ranks_per_sample
 
 
 Key = tuple[Any, ...]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from fsae.training.config import OptimizerConfig
 
@@ -29,6 +30,8 @@ class Task:
             on the device in eval mode; they are not saved.
         settings: JSON values that decide the weights beside the loop's own (a model's config, loss weights).
             They are stored in each checkpoint, and a run with other values is not resumed.
+        ranks_per_sample: How many processes work on each sample together (context parallelism). They see the same
+            batches and draw the same noise, and count as one in the order of the data.
         step: Updates done when the losses of the next one are computed; set by the loop.
     """
 
@@ -37,6 +40,7 @@ class Task:
     opponent_optimizer: OptimizerConfig = OptimizerConfig()
     frozen: Mapping[str, nn.Module] = MappingProxyType({})
     settings: Mapping[str, Any] = MappingProxyType({})
+    ranks_per_sample: int = 1
     step: int = 0
 
     def loss(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
@@ -73,10 +77,19 @@ class Task:
     def validate(self, step: int) -> dict[str, Tensor]:
         """Images (3 H W in [0, 1]) and scalars (0-d) to log.
 
-        Called in eval mode, without grad, with the averaged weights in place; in the main process only, except
-        under sharding "fsdp2", where each process holds but a part of the weights and all call it alike.
+        Called in eval mode, without grad, with the averaged weights in place; in the main process only (and in
+        those that share its samples), except under sharding "fsdp2" or "zero3", where each process holds but a
+        part of the weights and all call it alike.
         """
         return {}
+
+    def share_samples(self, group: ProcessGroup | None) -> None:
+        """Work on each sample together with the processes of ``group``; alone again with None.
+
+        Called only with ``ranks_per_sample`` above 1, before the first step and when the run is over. The gradients
+        of all processes are averaged, so the mean over those of a group must be the gradient of their samples.
+        """
+        raise NotImplementedError
 
     def parameter_groups(self, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
         """AdamW's groups: by default matrices and kernels with weight decay, vectors without."""
