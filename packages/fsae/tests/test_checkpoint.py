@@ -336,3 +336,17 @@ def test_saved_weights_can_be_read_by_whoever_reads_the_folder(tmp_path: Path) -
     (tmp_path / "other").touch()
     modes = {path.stat().st_mode for path in (tmp_path / "a").iterdir()}
     assert modes == {(tmp_path / "other").stat().st_mode}
+
+
+def test_an_outline_has_the_shapes_and_no_weight(tmp_path: Path) -> None:
+    saved(tmp_path)
+    for outline in (Toy.outline(str(tmp_path)), Toy.outline("wide", depth=2)):
+        assert all(parameter.is_meta for parameter in outline.parameters())
+        assert outline.config.depth == 2 == len(outline.layers)
+    with pytest.raises(UserError, match="neither a preset"):
+        Toy.outline(str(tmp_path / "none"))
+    with pytest.raises(UserError, match="has no option 'deep'"):
+        Toy.outline("wide", deep=2)
+    (tmp_path / WEIGHTS).write_bytes(b"cut short")
+    with pytest.raises(CheckpointError, match="cut short"):
+        Toy.outline(str(tmp_path))

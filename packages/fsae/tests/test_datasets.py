@@ -52,6 +52,14 @@ def test_stride_takes_every_other_frame(folder: Path) -> None:
     assert rest == [first + 3 * i for i in range(1, 5)] and 0 <= first <= 3
 
 
+def test_a_frame_rate_is_by_time(folder: Path) -> None:
+    first, *rest = numbers(VideoFolder(folder, 5, (16, 16), fps=4.0)[0]["video"])  # of 8 frames a second
+    assert rest == [first + 2 * i for i in range(1, 5)]
+    assert VideoFolder(folder, 5, (16, 16), fps=4.0).settings["fps"] == 4.0
+    with pytest.raises(UserError, match="'none'"):
+        VideoFolder(folder, 5, (16, 16), reader="none")
+
+
 def test_a_clip_follows_from_seed_index_and_epoch(folder: Path) -> None:
     def starts(seed: int) -> list[int]:
         clips = VideoFolder(folder, 3, (16, 16), seed=seed)

@@ -83,12 +83,34 @@ class StrictModelMixin(ModelMixin, ConfigMixin):
         Raises:
             UserError: it is neither, or as `from_preset` and `from_pretrained`.
         """
-        if model in cls.presets:
+        if cls._is_preset(model):
             return cls.from_preset(model, **overrides)
-        if not Path(model).is_dir():
+        return cls.from_pretrained(model)
+
+    @classmethod
+    def outline(cls, model: str, **overrides: Any) -> Self:
+        """`from_preset_or_folder` on the meta device, to refuse what does not fit a large model before it is built.
+
+        A saved model's files are checked, but no weight is drawn or read.
+
+        Raises:
+            UserError: as `from_preset_or_folder`.
+        """
+        if cls._is_preset(model):
+            with torch.device("meta"):
+                return cls.from_preset(model, **overrides)
+        _check_folder(cls, Path(model), None)
+        with torch.device("meta"):
+            outline: Self = cls.from_config(read_json(Path(model, _CONFIG_NAME)))
+        return outline
+
+    @classmethod
+    def _is_preset(cls, model: str) -> bool:
+        """Whether `model` names a preset; what is no folder either is refused."""
+        if model not in cls.presets and not Path(model).is_dir():
             names = ", ".join(cls.presets)
             raise UserError(f"model {model!r} is neither a preset ({names}) nor a folder; give one of them")
-        return cls.from_pretrained(model)
+        return model in cls.presets
 
     @classmethod
     def from_pretrained(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from fsae.errors import UserError
 from fsae.training.config import LoopConfig
-from fsdit.config import TransformerConfig
+from fsdit.config import FlowMatchingConfig
 from fsdit.flow import FlowSchedule
 
 
@@ -133,7 +133,7 @@ class RegularizationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefinerConfig(TransformerConfig):
+class RefinerConfig(FlowMatchingConfig):
     """Training of the refiner, an FSDiT at twice the base model's size (paper §2.4.2).
 
     Attributes:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from fsae.data.datasets import ClipDataset
 from fsae.data.image import cover, image_size, load_image
 from fsae.data.media import Media
-from fsae.data.readers import check_length, check_reader, draw_clip
+from fsae.data.readers import check_length, check_reader, draw_timed_clip
 from fsae.data.settings import BucketConfig, ClipsConfig
 from fsae.data.sources import Entry, read_source
 from fsae.data.video import VideoInfo, probe
@@ -101,10 +101,36 @@ class BucketedClips(ClipDataset):
         """The bucket of an item."""
         return self.buckets[bisect_right(self._firsts, index) - 1]
 
+    def entry(self, index: int) -> Entry:
+        """The file of an item, and what its source says about it."""
+        return self._entry(index)
+
     @property
     def skipped(self) -> list[Media]:
         """Files of which no clip, or at least one clip, could not be used so far."""
         return list(dict.fromkeys([*self._never, *super().skipped]))
+
+    def read(self, index: int, epoch: int) -> tuple[NDArray[np.uint8], tuple[float, float]]:
+        """An item's clip, uint8 ``T H W 3``, and when its first and last frame begin in the file, in seconds.
+
+        Raises:
+            UserError: it cannot be read; nothing takes its place here, other than in ``sample``.
+        """
+        bucket, media, config = self.bucket(index), self._entry(index).media, self.config
+        if media.is_image:
+            return cover(load_image(media), bucket.size)[None], (0.0, 0.0)
+        draw = np.random.default_rng([self.seed, index, epoch]).random()
+        pixels, times = draw_timed_clip(
+            media,
+            self._info(self._items[index]),
+            draw,
+            bucket.frames,
+            fps=config.fps,
+            stride=config.stride,
+            size=bucket.size,
+            reader=config.reader,
+        )
+        return pixels, (times[0], times[-1])
 
     def _sizes_of(self, config: BucketConfig, sources: Sequence[range]) -> list[Bucket]:
         """The buckets, one a size, of one setting; those without a file are left out."""
@@ -168,21 +194,7 @@ class BucketedClips(ClipDataset):
         return (*range(index, bucket.first + len(bucket)), *range(bucket.first, index))
 
     def _pixels(self, media: Media, index: int, epoch: int) -> NDArray[np.uint8]:
-        bucket = self.bucket(index)
-        if media.is_image:
-            return cover(load_image(media), bucket.size)[None]
-        draw = np.random.default_rng([self.seed, index, epoch]).random()
-        config = self.config
-        return draw_clip(
-            media,
-            self._info(self._items[index]),
-            draw,
-            bucket.frames,
-            fps=config.fps,
-            stride=config.stride,
-            size=bucket.size,
-            reader=config.reader,
-        )
+        return self.read(index, epoch)[0]
 
 
 def nearest_size(info: VideoInfo, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from fsae.data.image import cover, load_image
 from fsae.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Media
-from fsae.data.readers import DamagedVideo, draw_clip
+from fsae.data.readers import DamagedVideo, check_reader, draw_clip
 from fsae.data.sources import Entry, read_source
 from fsae.data.video import VideoInfo, probe, to_video_tensor
 from fsae.errors import UserError
@@ -118,19 +118,34 @@ class VideoFolder(ClipDataset):
         size: (H, W); frames are resized to cover it and cropped in the centre.
         stride: Take every stride-th frame of the file.
         seed: Decides where clips start.
+        fps: Sample videos at this frame rate; None takes a file's own frames.
+        reader: What decodes videos, "pyav" or "decord".
 
     Raises:
-        UserError: no such source, no usable entry in it, or a list without a ``path``.
+        UserError: no such source, no usable entry in it, a list without a ``path``, or no such reader.
     """
 
-    def __init__(self, source: str | Path, frames: int, size: tuple[int, int], stride: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self,
+        source: str | Path,
+        frames: int,
+        size: tuple[int, int],
+        stride: int = 1,
+        seed: int = 0,
+        fps: float | None = None,
+        reader: str = "pyav",
+    ) -> None:
         if min(frames, stride, *size) < 1:
             raise UserError(f"frames {frames}, size {size}, stride {stride}: all must be 1 or more")
+        check_reader(reader)
         self.source = Path(source)
         self.entries = read_source(source)
         super().__init__(len(self.entries))
         self.frames, self.size, self.stride, self.seed = frames, size, stride, seed
-        self.settings = {"frames": frames, "size": list(size), "stride": stride, "seed": seed}
+        self.fps, self.reader = fps, reader
+        self.settings: dict[str, Any] = {"frames": frames, "size": list(size), "stride": stride, "seed": seed}
+        if fps is not None:
+            self.settings["fps"] = fps
         self._probed: dict[Media, VideoInfo] = {}
 
     def _entry(self, index: int) -> Entry:
@@ -144,4 +159,13 @@ class VideoFolder(ClipDataset):
         if media.file not in self._probed:
             self._probed[media.file] = probe(media.file, count=False)
         draw = np.random.default_rng([self.seed, index, epoch]).random()
-        return draw_clip(media, self._probed[media.file], draw, self.frames, stride=self.stride, size=self.size)
+        return draw_clip(
+            media,
+            self._probed[media.file],
+            draw,
+            self.frames,
+            fps=self.fps,
+            stride=self.stride,
+            size=self.size,
+            reader=self.reader,
+        )

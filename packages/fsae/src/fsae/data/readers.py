@@ -104,7 +104,7 @@ def read_clip(
     return stack([pictures[shown.begin] for shown in chosen], media), [float(shown.begin) for shown in chosen]
 
 
-def draw_clip(
+def draw_timed_clip(
     media: Media,
     info: VideoInfo,
     draw: float,
@@ -113,14 +113,14 @@ def draw_clip(
     stride: int = 1,
     size: tuple[int, int] | None = None,
     reader: str = "pyav",
-) -> NDArray[np.uint8]:
+) -> tuple[NDArray[np.uint8], list[float]]:
     """A clip that starts at a share ``draw`` in [0, 1) of the places where it can.
 
     The places are those that ``info`` promises. Where the file then turns out to be damaged or shorter, they are those
     before its first damage or its true end, so that what is whole is used.
 
     Returns:
-        As ``read_clip``, without the times.
+        As ``read_clip``.
 
     Raises:
         ShortVideo: the clip does not fit.
@@ -132,7 +132,7 @@ def draw_clip(
     start = media.start + (draw * spare if fps is not None else int(draw * (promised - span + 1)) / info.fps)
     settings = (fps, stride, size, reader)
     try:
-        return read_clip(media, frames, start, *settings)[0]
+        return read_clip(media, frames, start, *settings)
     except (DamagedVideo, ShortVideo) as error:
         times = frame_times(media, reader)
         if not times:
@@ -146,11 +146,25 @@ def draw_clip(
                 start = media.start + draw * _spare(end - media.start, span / fps)
         except ShortVideo as short:
             raise type(error)(f"{error}; before, {short}" if damaged else str(short)) from error
-        return read_clip(media, frames, start, *settings)[0]
+        return read_clip(media, frames, start, *settings)
+
+
+def draw_clip(
+    media: Media,
+    info: VideoInfo,
+    draw: float,
+    frames: int,
+    fps: float | None = None,
+    stride: int = 1,
+    size: tuple[int, int] | None = None,
+    reader: str = "pyav",
+) -> NDArray[np.uint8]:
+    """The pictures of ``draw_timed_clip``, uint8 ``T H W 3``."""
+    return draw_timed_clip(media, info, draw, frames, fps, stride, size, reader)[0]
 
 
 def check_length(media: Media, info: VideoInfo, frames: int, fps: float | None, stride: int) -> tuple[int, float]:
-    """Whether a clip, as for ``draw_clip``, fits in what ``info`` promises.
+    """Whether a clip, as for ``draw_timed_clip``, fits in what ``info`` promises.
 
     Returns:
         The frames of the file or its span; the seconds by which a clip of ``fps`` can be moved in it (0 without).

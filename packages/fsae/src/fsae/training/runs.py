@@ -49,7 +49,7 @@ def read_samples(
 
     A dataset that is given stands for the clips that ``config`` describes, or that ``mixture`` does if there is one.
     Without held-out samples the first training samples are validated on; of a mixture, whose clips differ in size, the
-    first of ``config``'s own length and size.
+    first of ``config``'s own length and size. Held-out clips are sampled at the mixture's frame rate, by its reader.
 
     Raises:
         UserError: the run's folder cannot be made, before a sample is looked at; or the samples' own errors.
@@ -58,7 +58,8 @@ def read_samples(
 
     def clips(source: str) -> VideoFolder:
         size = (config.height, config.width)
-        return VideoFolder(source, config.frames, size, stride=config.stride, seed=config.loop.seed)
+        fps, reader = (None, "pyav") if mixture is None else (mixture.fps, mixture.reader)
+        return VideoFolder(source, config.frames, size, config.stride, config.loop.seed, fps, reader)
 
     mixed = dataset is None and mixture is not None
     if dataset is not None:

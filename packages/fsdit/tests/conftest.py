@@ -1,0 +1,94 @@
+"""What several tests train with: parts small enough for a second, and videos of real pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from skimage import data
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+from fsae import FSAE
+from fsae.data.datasets import VideoFolder
+from fsae.data.image import cover
+from fsae.data.video import write_video
+from fsae.training.autoencoder import measure_latent_statistics
+from fsdit import FSDiT
+from fsdit.cache import make_cache
+from fsdit.conditioning import nano_tokenizer
+from fsdit.preparation import CacheConfig
+
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "immunohistochemistry", "retina")
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+
+
+@pytest.fixture(scope="session")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """clips.jsonl and its 24 videos, 5 frames of 64 x 64 pixels at 24 a second: photographs in motion.
+
+    All videos of a photograph begin with the same frame; only the caption tells where it goes.
+    """
+    folder = tmp_path_factory.mktemp("films")
+    lines = []
+    for photo in PHOTOS:
+        pixels = cover(getattr(data, photo)(), (144, 144))
+        for direction, (down, right) in DIRECTIONS.items():
+            corners = [(40 + 10 * t * down, 40 + 10 * t * right) for t in range(5)]
+            name = f"{photo}-{direction}.mp4"
+            write_video(folder / name, [np.ascontiguousarray(pixels[y : y + 64, x : x + 64]) for y, x in corners], 24)
+            lines.append(json.dumps({"path": name, "caption": f"the camera pans {direction}"}))
+    (folder / "clips.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parts(films: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of saved parts that fit each other: autoencoder, encoders, transformer; all weights random."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    autoencoder = FSAE(
+        widths=(8, 8, 16, 16, 16, 16, 16),
+        encoder_depths=(1,) * 7,
+        decoder_depths=(1,) * 7,
+        latent_channels=4,
+        attention_head_dim=8,
+        injection_head_dim=8,
+    ).eval()
+    mean, std = measure_latent_statistics(autoencoder, VideoFolder(films / "clips.jsonl", 5, (64, 64)), 12)
+    autoencoder.register_to_config(latents_mean=mean, latents_std=std)
+    autoencoder.save_pretrained(folder / "autoencoder")
+    text = UMT5Config(
+        vocab_size=384, d_model=32, d_kv=16, num_heads=2, num_layers=1, d_ff=32, feed_forward_proj="gated-gelu"
+    )
+    UMT5EncoderModel(text).save_pretrained(folder / "encoders" / "text_encoder")
+    nano_tokenizer().save_pretrained(folder / "encoders" / "tokenizer")
+    image = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    CLIPVisionModel(image).save_pretrained(folder / "encoders" / "image_encoder")
+    model = FSDiT(
+        dim=64,
+        ffn_dim=128,
+        num_heads=2,
+        num_layers=2,
+        freq_dim=64,
+        text_dim=32,
+        text_len=32,
+        image_dim=16,
+        latent_channels=4,
+    )
+    model.save_pretrained(folder / "transformer")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(films: Path, parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The films, encoded by the parts."""
+    folder = tmp_path_factory.mktemp("cache") / "cache"
+    made_by = {"autoencoder": str(parts / "autoencoder"), "encoders": str(parts / "encoders"), "text_len": 32}
+    clips = {"data": str(films / "clips.jsonl"), "frames": 5, "height": 64, "width": 64}
+    make_cache(CacheConfig(output=str(folder), latents="fp32", device="cpu", **clips, **made_by))
+    return folder
