@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from fsdit.model import FSDiT
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 WIDTHS = ["8", "16", "32", "32", "32", "32", "64"]
@@ -157,3 +162,100 @@ def test_layer_memory_is_tried_against_its_control(
     assert f"(a) from scratch after    2: gap {gap:+.5f}" in capsys.readouterr().out
     assert Image.open(tmp_path / "measured" / "layer-memory.png").size[0] > 500
     assert len((tmp_path / "measured" / "layer-memory.csv").read_text().splitlines()) == 1 + 4 * 3
+
+
+def test_the_transformers_work_is_counted() -> None:
+    gpu = tool("bench", "gpu")
+    for tokens, teraflops, gigabytes in ((1860, 48.5, 15.6), (7440, 228, 62.4)):
+        flops = gpu.forward_flops(gpu.FULL.model, tokens, gpu.FULL.image_tokens)
+        assert sum(flops.values()) == pytest.approx(teraflops * 1e12, rel=0.01)
+        assert flops["layer_memory"] < 1e-3 * sum(flops.values())
+        assert gpu.memory_bytes(gpu.FULL.model, tokens) == pytest.approx(gigabytes * 1e9, rel=0.01)
+    # And as torch counts what the blocks do.
+    size, job = gpu.TINY, gpu.TINY.jobs["refiner"]
+    for memory in (False, True):
+        model = FSDiT(**size.model, layer_memory=memory).eval()
+        noise, condition, context = gpu.random_inputs(size, job, model.config, torch.device("cpu"))
+        velocity = gpu.GuidedVelocity(model, condition, context, job.guidance)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            velocity(noise, 500.0)  # what is computed once for a prompt
+            with FlopCounterMode(display=False) as counter:
+                velocity(noise, 500.0)
+        seen = counter.get_flop_counts()
+        blocks = sum(sum(seen[f"FSDiT.blocks.{index}"].values()) for index in range(size.model["num_layers"]))
+        flops = gpu.forward_flops(size.model, job.tokens, size.image_tokens)
+        assert blocks == sum(flops.values()) - (0 if memory else flops["layer_memory"])
+
+
+def test_the_gpu_benchmark_runs_whole_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu, output = tool("bench", "gpu"), tmp_path / "deep" / "gpu.json"
+    common = ["--tiny", "--device", "cpu", "--output", str(output)]
+    assert gpu.main(common) == 0
+    shown = capsys.readouterr().out
+    (run,) = json.loads(output.read_text())["runs"]
+    assert set(run["machine"]) >= {"card", "driver", "torch", "triton"} and "--tiny --device cpu" in run["command"]
+    assert run["command"] in shown and "torch.compile by eager" in shown
+    assert run["ceilings"]["copy_gbs"] > 0
+    assert run["ceilings"]["matmul_tflops"] == max(
+        rate for name, rate in run["ceilings"]["tflops"].items() if "attention" not in name
+    )
+    assert list(run["parts"]) == gpu.part_names(gpu.TINY)
+    for name, part in run["parts"].items():
+        if "graph" in name:
+            assert "need an NVIDIA GPU" in part["unavailable"]
+            continue
+        off, plain, fused = part["rows"]
+        assert "Triton" in fused["unavailable"]
+        for row in (off, plain):
+            assert min(row[key] for key in ("forward_seconds", "job_seconds", "tflops", "peak_bytes")) > 0
+            assert row["finite"]
+        share = 1 - off["forward_seconds"] / plain["forward_seconds"]
+        assert plain["memory_share"] == pytest.approx(share) and off["memory_share"] == plain["from_plain"] == 0
+        assert off["from_plain"] > 1e-3  # Layer Memory does something
+        assert f"| {name} | plain | {plain['forward_seconds']:.4f} |" in shown
+    jobs = [run["parts"][f"{job}-eager"]["rows"][1]["job_seconds"] for job in ("base", "refiner")]
+    assert f"eager, plain: both transformers {sum(jobs):.3f} s (goal at most 10, paper 27.4" in shown
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("out of something\nand more")
+
+    monkeypatch.setattr(gpu.Bench, "measure", fails)
+    assert gpu.main([*common, "--parts", "base-eager"]) == 1
+    monkeypatch.setattr(gpu.Bench, "measure", lambda *_: time.sleep(30))
+    assert gpu.main([*common, "--parts", "refiner-eager", "--minutes", "0.002"]) == 1
+    runs = json.loads(output.read_text())["runs"]
+    assert runs[0] == run and runs[1]["parts"]["base-eager"]["failed"] == "RuntimeError: out of something"
+    assert "stopped after 0.002 minutes" in runs[2]["parts"]["refiner-eager"]["failed"]
+    capsys.readouterr()
+    del common[0]  # the figures say themselves that they are tiny
+    assert gpu.main([*common, "--table"]) == 1  # as the last call ended
+    shown = capsys.readouterr().out
+    assert "RuntimeError: out of something" in shown and "| refiner-compiled | plain |" in shown
+    assert "in a base forward: 0.0" in shown
+    assert len(json.loads(output.read_text())["runs"]) == 3
+
+
+def test_a_benchmarks_weights_are_made_as_they_are_loaded() -> None:
+    gpu = tool("bench", "gpu")
+    bench = gpu.Bench(gpu.TINY, torch.device("cpu"))
+    plain, off = bench._model("plain", False), bench._model("off", False)
+    names = dict(plain.named_parameters())
+    assert names["blocks.1.router.weight"].dtype == names["blocks.0.modulation"].dtype == torch.float32
+    assert names["blocks.1.ffn.0.weight"].dtype == torch.bfloat16
+    assert all(parameter.isfinite().all() and parameter.device.type == "cpu" for parameter in names.values())
+    assert float(names["blocks.1.ffn.0.weight"].float().std()) == pytest.approx(64**-0.5, rel=0.1)
+    for name, parameter in off.named_parameters():
+        assert parameter.data_ptr() == names[name].data_ptr()  # one set of weights for all
+    assert {block.memory_kernel for block in plain.blocks} == {"plain"} and not off.router_parameters()
+
+
+def test_a_benchmark_refuses_parts_that_there_are_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = tool("bench", "gpu")
+    assert gpu.main(["--list"]) == 0
+    assert "base-compiled-graph" in capsys.readouterr().out.split()
+    for arguments, words in ((["--parts", "base"], "no part 'base'"), (["--table"], "measure first")):
+        with pytest.raises(SystemExit):
+            gpu.main([*arguments, "--output", str(tmp_path / "none.json")])
+        assert words in capsys.readouterr().err

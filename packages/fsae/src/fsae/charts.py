@@ -1,4 +1,4 @@
-"""Pictures for a report, drawn with Pillow alone: a grid of labelled frames, and a small line chart."""
+"""Pictures for a report, drawn with Pillow alone: a grid of labelled frames, a small line chart, a heat map."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ _GAP = 2
 _SIZE = (480, 220)
 _MARGIN = (52, 24, 12, 22)  # left, top, right, bottom
 _INK, _LINE, _RULE = (40, 40, 40), (31, 96, 180), (220, 220, 220)
+_RAMP = np.array([(240, 244, 249), (158, 195, 225), (49, 120, 190), (8, 40, 90)])  # from low to high
+_MAP, _CELLS, _READABLE = 880, (14, 64), 40  # a map's side, its cells' least and greatest, the least that take a figure
+_BAR = (14, 180)  # the colours' scale, width and height
 
 
 def frame_grid(rows: Sequence[tuple[str, NDArray[np.uint8]]]) -> Image.Image:
@@ -37,6 +40,74 @@ def line_charts(charts: Sequence[tuple[str, Sequence[float]]]) -> Image.Image:
     for number, (title, values) in enumerate(charts):
         sheet.paste(_chart(title, values), (0, number * _SIZE[1]))
     return sheet
+
+
+def heat_map(
+    values: NDArray[np.floating],
+    title: str,
+    rows: tuple[str, Sequence[str]],
+    columns: tuple[str, Sequence[str]],
+    limits: tuple[float, float] = (0.0, 1.0),
+) -> Image.Image:
+    """A matrix as coloured cells under a scale of the colours; cells that are large enough carry their figure.
+
+    Args:
+        values: the matrix, first row on top. What is not finite stays blank.
+        title: stands above.
+        rows: what the rows are, and the label of each.
+        columns: likewise.
+        limits: the values of the palest and the darkest colour; what lies outside gets the nearer one.
+    """
+    (row_title, row_labels), (column_title, column_labels) = rows, columns
+    if values.shape != (len(row_labels), len(column_labels)):
+        raise ValueError(f"{len(row_labels)} x {len(column_labels)} labels for values of shape {values.shape}")
+    cell = min(max(_MAP // max(values.shape), _CELLS[0]), _CELLS[1])
+    width, height = cell * values.shape[1], cell * values.shape[0]
+    written = ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength
+    left, top = round(max(map(written, row_labels))) + 2 * _LABEL + 4, 2 * _LABEL
+    right = left + max(width + 70 + _BAR[0], round(written(title)) + 8)
+    picture = Image.new("RGB", (right, top + max(height, _BAR[1]) + 3 * _LABEL), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((left, 6), title, fill=_INK)
+    for (row, column), value in np.ndenumerate(values):
+        if math.isfinite(value):
+            _draw_cell(draw, (left + column * cell, top + row * cell), cell, value, limits)
+    for row, text in enumerate(row_labels):
+        draw.text((left - 4, top + (row + 0.5) * cell), text, fill=_INK, anchor="rm")
+    for column, text in enumerate(column_labels):
+        draw.text((left + (column + 0.5) * cell, top + height + 3), text, fill=_INK, anchor="ma")
+    draw.text((left + width / 2, top + height + _LABEL + 6), column_title, fill=_INK, anchor="ma")
+    upright = Image.new("RGB", (round(draw.textlength(row_title)) + 2, _LABEL), "white")
+    ImageDraw.Draw(upright).text((1, 0), row_title, fill=_INK)
+    upright = upright.rotate(90, expand=True)
+    picture.paste(upright, (3, max(top + (height - upright.height) // 2, 0)))
+    _draw_scale(draw, (left + width + 20, top), limits)
+    return picture
+
+
+def _draw_cell(
+    draw: ImageDraw.ImageDraw, corner: tuple[int, int], cell: int, value: float, limits: tuple[float, float]
+) -> None:
+    share = (value - limits[0]) / (limits[1] - limits[0])
+    draw.rectangle((*corner, corner[0] + cell - 2, corner[1] + cell - 2), fill=_colour(share))
+    if cell >= _READABLE:
+        middle = (corner[0] + cell / 2, corner[1] + cell / 2)
+        draw.text(middle, f"{value:.2f}", fill="white" if share > 0.5 else _INK, anchor="mm")
+
+
+def _draw_scale(draw: ImageDraw.ImageDraw, corner: tuple[int, int], limits: tuple[float, float]) -> None:
+    (left, top), (width, height) = corner, _BAR
+    for line in range(height):
+        draw.line((left, top + line, left + width, top + line), fill=_colour(1 - line / (height - 1)))
+    for share in (0.0, 0.5, 1.0):
+        text = f"{limits[0] + share * (limits[1] - limits[0]):.3g}"
+        draw.text((left + width + 6, top + (1 - share) * (height - 1)), text, fill=_INK, anchor="lm")
+
+
+def _colour(share: float) -> tuple[int, int, int]:
+    place = min(max(share, 0.0), 1.0) * (len(_RAMP) - 1)
+    red, green, blue = (round(float(np.interp(place, range(len(_RAMP)), _RAMP[:, part]))) for part in range(3))
+    return red, green, blue
 
 
 def _chart(title: str, values: Sequence[float]) -> Image.Image:
