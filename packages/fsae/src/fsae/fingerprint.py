@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fsae.model import FSAE
 
@@ -35,13 +36,25 @@ _ENDS = 2**20  # bytes at a file's beginning and end
 
 def encoder_fingerprint(model: FSAE) -> str:
     """What decides the latents: the encoder's configuration and weights, and the statistics they are normalised by."""
-    return _digest({name: model.config[name] for name in _ENCODER_CONFIG}, model.encoder)
+    config = {name: model.config[name] for name in _ENCODER_CONFIG}
+    return weights_fingerprint(config, model.encoder.state_dict())
 
 
 def model_fingerprint(model: FSAE) -> str:
     """What decides the decoded video: the whole configuration and all weights."""
     public = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    return _digest(public, model)
+    return weights_fingerprint(public, model.state_dict())
+
+
+def weights_fingerprint(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    """Of a configuration, and of the names, shapes and some values of weights, in any precision that holds them."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
+    for name, tensor in sorted(weights.items()):
+        values = tensor.detach().flatten()
+        chosen = values[:: max(1, len(values) // _VALUES)].float().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(chosen.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:
@@ -59,14 +72,4 @@ def file_fingerprint(path: str | os.PathLike[str]) -> str:
         digest.update(file.read(_ENDS))
         file.seek(max(0, status.st_size - _ENDS))
         digest.update(file.read(_ENDS))
-    return digest.hexdigest()
-
-
-def _digest(config: dict[str, Any], module: nn.Module) -> str:
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        values = tensor.detach().flatten()
-        chosen = values[:: max(1, len(values) // _VALUES)].float().cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(chosen.numpy().tobytes())
     return digest.hexdigest()

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fsae.errors import UserError
-from fsdit.encoders import load_encoder, load_tokenizer
+from fsdit.encoders import folder_fingerprint, load_encoder, load_tokenizer
+
+Module = TypeVar("Module", bound=nn.Module)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -204,10 +207,15 @@ def nano_image_encoder() -> Any:
 
 
 def load_encoders(source: str | Path, text_len: int) -> tuple[TextEncoder, ImageEncoder]:
-    """The text and image encoder.
+    """The text and image encoder; see `load_text_encoder` and `load_image_encoder`."""
+    return load_text_encoder(source, text_len), load_image_encoder(source)
+
+
+def load_text_encoder(source: str | Path, text_len: int) -> TextEncoder:
+    """The text encoder with its tokenizer.
 
     Args:
-        source: "nano" for new nano encoders, or a folder with text_encoder, tokenizer and image_encoder in it.
+        source: "nano" for a new nano encoder, or a folder with text_encoder and tokenizer in it.
         text_len: rows of the text embeddings, the transformer's ``config.text_len``.
 
     Raises:
@@ -215,12 +223,51 @@ def load_encoders(source: str | Path, text_len: int) -> tuple[TextEncoder, Image
         CheckpointError: a part of it is missing, broken, or does not fit its class.
     """
     if str(source) == "nano":
-        return TextEncoder(nano_text_encoder(), nano_tokenizer(), text_len), ImageEncoder(nano_image_encoder())
+        return TextEncoder(nano_text_encoder(), nano_tokenizer(), text_len)
+    from transformers import UMT5EncoderModel
+
+    folder = _encoders_folder(source)
+    return TextEncoder(
+        load_encoder(UMT5EncoderModel, folder / "text_encoder"), load_tokenizer(folder / "tokenizer"), text_len
+    )
+
+
+def load_image_encoder(source: str | Path) -> ImageEncoder:
+    """The image encoder; ``source`` is "nano" or a folder with image_encoder in it, errors as `load_text_encoder`."""
+    if str(source) == "nano":
+        return ImageEncoder(nano_image_encoder())
+    from transformers import CLIPVisionModel
+
+    return ImageEncoder(load_encoder(CLIPVisionModel, _encoders_folder(source) / "image_encoder"))
+
+
+def text_encoder_fingerprint(source: str | Path) -> str:
+    """What decides the text embeddings: the encoder's configuration and weights, and the tokenizer; quickly."""
+    folder = _encoders_folder(source)
+    return folder_fingerprint(folder / "text_encoder", folder / "tokenizer")
+
+
+def image_encoder_fingerprint(source: str | Path) -> str:
+    """What decides the image embeddings; quickly."""
+    return folder_fingerprint(_encoders_folder(source) / "image_encoder")
+
+
+def _encoders_folder(source: str | Path) -> Path:
     if not Path(source).is_dir():
         raise UserError(f'encoders {str(source)!r} is neither "nano" nor a folder; give one of them')
-    from transformers import CLIPVisionModel, UMT5EncoderModel
+    return Path(source)
 
-    text = load_encoder(UMT5EncoderModel, Path(source, "text_encoder"))
-    image = load_encoder(CLIPVisionModel, Path(source, "image_encoder"))
-    tokenizer = load_tokenizer(Path(source, "tokenizer"))
-    return TextEncoder(text, tokenizer, text_len), ImageEncoder(image)
+
+@contextmanager
+def loaded(load: Callable[[], Module], device: str | torch.device = "cpu") -> Iterator[Module]:
+    """A model for as long as it is used: loaded, in eval mode, on its device; then its weights are given back.
+
+    They are given back whoever still holds the model, which computes nothing from then on.
+    """
+    module = load().to(device).eval()
+    try:
+        yield module
+    finally:
+        module.to("meta")
+        if torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()

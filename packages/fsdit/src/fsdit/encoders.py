@@ -7,17 +7,22 @@ names them.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from fsae.checkpoint import tensor_shapes
 from fsae.errors import CheckpointError
 from fsae.files import read_json
+from fsae.fingerprint import weights_fingerprint
+
+# Of a configuration, what says where and by what it was written.
+_FLEETING = ("_name_or_path", "transformers_version")
 
 
 def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Any:
@@ -88,6 +93,35 @@ def load_tokenizer(folder: Path, class_name: str | None = None) -> Any:
         raise CheckpointError(
             f"the tokenizer in {folder} cannot be read ({_first_line(error)}); copy it again"
         ) from error
+
+
+def folder_fingerprint(folder: Path, *others: Path) -> str:
+    """What decides what an encoder gives, from its files: nothing is loaded but some values of each tensor.
+
+    Args:
+        folder: where ``save_pretrained`` put the encoder.
+        others: folders whose files belong to it as they are, such as the tokenizer's.
+
+    Raises:
+        CheckpointError: config or weights are missing or cut short, or a folder is.
+    """
+    config = {k: v for k, v in read_json(folder / "config.json").items() if k not in _FLEETING}
+    files = _weight_files(folder, None)
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        tensor_shapes(file)
+        with safe_open(file, framework="pt") as tensors:  # mapped, so that only the values that are looked at are read
+            weights |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    precisions = sorted({str(tensor.dtype) for tensor in weights.values()})
+    digest = hashlib.sha256(weights_fingerprint({"config": config, "dtypes": precisions}, weights).encode())
+    for other in others:
+        if not other.is_dir():
+            raise CheckpointError(f"there is no folder {other}; the model is incomplete, copy it again")
+        for path in sorted(path for path in other.rglob("*") if path.is_file()):
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(other).as_posix()} {len(content)} ".encode())
+            digest.update(content)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -64,18 +64,8 @@ def check_output(path: str, suffixes: tuple[str, ...]) -> None:
 
 def load_model(options: argparse.Namespace) -> FSAE:
     """The saved autoencoder on its device, in eval mode."""
-    import torch
-
+    from fsae.devices import choose_device
     from fsae.model import FSAE
 
-    try:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    # torch answers an unknown name, a device that is not there and one it was not built for in different
-    # ways.
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the device {options.device} cannot be used ({reason}); try cpu") from None
-    if device.type == "meta":
-        raise UserError("the device meta computes nothing; try cpu")
+    device = choose_device(options.device)
     return FSAE.from_pretrained(options.model).to(device).eval()
