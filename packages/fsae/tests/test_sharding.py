@@ -1,4 +1,4 @@
-"""Two processes that share one copy of the model (FSDP2) train what one process with twice the batch trains.
+"""Two processes that share one copy of the model (FSDP2, ZeRO-3) train what one with twice the batch trains.
 
 Run as a script, this file is one of the processes.
 """
@@ -125,15 +125,15 @@ def adversarial(folder: Path, batch_size: int, steps: int, **changes: Any) -> tu
     return task, train(task, Points(), config(folder, batch_size, steps, **changes))
 
 
-def process(folder: Path) -> None:
+def process(folder: Path, kind: Any) -> None:
     """What each of the two processes does."""
-    adversarial(folder / "net", 2, 3, sharding="fsdp2")
-    task, result = adversarial(folder / "net", 2, 6, sharding="fsdp2")
+    adversarial(folder / "net", 2, 3, sharding=kind)
+    task, result = adversarial(folder / "net", 2, 6, sharding=kind)
     parameters = dict(task.net.named_parameters())
     exported = result.export("net")
     facts = {
-        "split": all(isinstance(p, DTensor) for p in parameters.values()),
-        "part": parameters["into.weight"].to_local().numel(),
+        "split": all(isinstance(p, DTensor) if kind == "fsdp2" else p.numel() == 0 for p in parameters.values()),
+        "part": held(parameters["into.weight"]),
         "validated": task.validated,
         "exported": [p.detach().flatten().tolist() for p in exported.parameters()],
         "training": task.net.training,
@@ -141,7 +141,12 @@ def process(folder: Path) -> None:
     }
     (folder / f"facts-{result.is_main_process}.json").write_text(json.dumps(facts))
     adversarial(folder / "net", 2, 8)  # the same run goes on with the whole model in each process
-    train(AutoencoderTask(tiny_fsae()), Clips(), config(folder / "fsae", 1, 3, sharding="fsdp2"))
+    train(AutoencoderTask(tiny_fsae()), Clips(), config(folder / "fsae", 1, 3, sharding=kind))
+
+
+def held(parameter: Any) -> int:
+    """How many numbers of it are in this process."""
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter.ds_tensor).numel()
 
 
 def assert_equal_checkpoints(one: Path, two: Path) -> None:
@@ -155,10 +160,11 @@ def assert_equal_checkpoints(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_with_half_a_model_each_equal_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "parts"), [("fsdp2", (20, 15)), ("zero3", (18, 18))])  # of 7 rows of 5
+def test_two_processes_with_half_a_model_each_equal_one(tmp_path: Path, kind: str, parts: tuple[int, int]) -> None:
     torch.set_num_threads(1)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    done = subprocess.run([*launcher, str(tmp_path / "two")], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*launcher, str(tmp_path / "two"), kind], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
     task, _ = adversarial(tmp_path / "one", 4, 8)
@@ -171,7 +177,7 @@ def test_two_processes_with_half_a_model_each_equal_one(tmp_path: Path) -> None:
     for main in (True, False):
         facts = json.loads((tmp_path / "two" / f"facts-{main}.json").read_text())
         assert facts["split"] and facts["training"]
-        assert facts["part"] == (20 if main else 15)  # 4 and 3 of the 7 rows of 5
+        assert facts["part"] == parts[0 if main else 1]
         assert facts["validated"] == pytest.approx(task.validated[1:3], abs=1e-4)  # the process resumed at step 3
         for found, expected in zip(facts["exported"], average, strict=True):
             torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-5, atol=1e-5)
@@ -179,10 +185,11 @@ def test_two_processes_with_half_a_model_each_equal_one(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.tensor(facts["output"]), output, rtol=1e-4, atol=1e-4)
 
 
-def test_one_process_has_nothing_to_split(tmp_path: Path) -> None:
-    task, result = adversarial(tmp_path / "a", 2, 3, sharding="fsdp2")
+@pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
+def test_one_process_has_nothing_to_split(tmp_path: Path, kind: str) -> None:
+    task, result = adversarial(tmp_path / "a", 2, 3, sharding=kind)
     other, _ = adversarial(tmp_path / "b", 2, 3)
-    assert result.templates is None
+    assert result.trained.templates is None
     assert all(torch.equal(p, q) for p, q in zip(task.net.parameters(), other.net.parameters(), strict=True))
     # Where the weights lie is no setting that decides them.
     assert read_json(checkpoints(tmp_path / "a")[-1] / "state.json")["settings"]["loop"].get("sharding") is None
@@ -199,12 +206,16 @@ def test_a_template_takes_no_memory_and_becomes_the_module() -> None:
     net = Net()
     template = sharding.template(net)
     assert all(p.is_meta for p in template.parameters())
-    copy = sharding.assembled(net, template)
+    copy = sharding.assembled(template, net.state_dict())
     assert torch.equal(copy(torch.ones(2, 5)), net(torch.ones(2, 5)))
     assert [p.requires_grad for p in copy.parameters()] == [p.requires_grad for p in net.parameters()]
 
 
-@pytest.mark.parametrize("changes", [{"sharding": "zero"}, {"sharding": "fsdp2", "mixed_precision": "fp16"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"sharding": "zero"}, *({"sharding": kind, "mixed_precision": "fp16"} for kind in ("fsdp2", "zero3"))],
+    ids=str,
+)
 def test_what_cannot_be_sharded_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"sharding|mixed_precision is 'fp16'; it must be no or bf16"):
         config(tmp_path, 1, 1, **changes)
@@ -212,5 +223,5 @@ def test_what_cannot_be_sharded_is_refused(tmp_path: Path, changes: dict[str, An
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    process(Path(sys.argv[1]))
+    process(Path(sys.argv[1]), sys.argv[2])
     torch.distributed.destroy_process_group()

@@ -76,7 +76,7 @@ class LoopConfig:
         max_steps: Updates in the whole run.
         batch_size: Samples in one forward pass of one process.
         gradient_accumulation_steps: Forward passes in one update. An update sees batch_size times this
-            times the number of processes samples.
+            times the number of processes samples; processes that share each sample count as one.
         optimizer: AdamW's settings.
         schedule: The learning rate's course.
         max_grad_norm: Gradients are scaled down to this global L2 norm, the opponents' by themselves; 0 leaves
@@ -86,7 +86,9 @@ class LoopConfig:
         seed: Decides data order, noise and every other draw of the run.
         mixed_precision: "no" (fp32), or autocast to "bf16" or "fp16". Weights and averages stay fp32.
         sharding: With several processes, "ddp" keeps the whole model in each of them, "fsdp2" a part of its weights,
-            moments and average. Checkpoints are the same, and a run may go on under the other.
+            moments and average, by torch, and "zero3" likewise, by DeepSpeed's ZeRO-3 (needs the extra
+            fsae[deepspeed]). Checkpoints are the same, and a run may go on under another. One process has nothing
+            to split and trains as under "ddp".
         max_minutes: Save and stop after this much wall-clock time; 0 sets no limit.
         log_every: Steps between scalars.
         validate_every: Steps between validations; 0 for none.
@@ -107,7 +109,7 @@ class LoopConfig:
     ema_decay: float = 0.999
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    sharding: Literal["ddp", "fsdp2"] = "ddp"
+    sharding: Literal["ddp", "fsdp2", "zero3"] = "ddp"
     max_minutes: float = 0.0
     log_every: int = 10
     validate_every: int = 0
@@ -132,12 +134,12 @@ class LoopConfig:
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "a number in [0, 1)")
         precisions = ("no", "bf16", "fp16")
         require(self.mixed_precision in precisions, "mixed_precision", self.mixed_precision, "no, bf16 or fp16")
-        require(self.sharding in ("ddp", "fsdp2"), "sharding", self.sharding, '"ddp" or "fsdp2"')
+        require(self.sharding in ("ddp", "fsdp2", "zero3"), "sharding", self.sharding, '"ddp", "fsdp2" or "zero3"')
         require(
             self.sharding == "ddp" or self.mixed_precision != "fp16",
             "mixed_precision",
             self.mixed_precision,
-            "no or bf16 with sharding fsdp2",
+            f"no or bf16 with sharding {self.sharding}",
         )
 
     def result_settings(self) -> dict[str, Any]:

@@ -6,19 +6,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
-
-from fsae.training.sharding import placed
+from torch import Tensor
 
 
 class MovingAverage:
-    """Averages every parameter that is trained: e <- d e + (1 - d) w after each update.
+    """Averages every weight that is trained, or a process's part of it: e <- d e + (1 - d) w after each update.
 
     The decay d of update number u is min(decay, (1 + u) / (10 + u)), so that the random start is forgotten
     early.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
         self.parameters = dict(parameters)
         self.decay = decay
         self.shadow: dict[str, Tensor] = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -38,9 +36,9 @@ class MovingAverage:
 
     @torch.no_grad()
     def load(self, shadow: Mapping[str, Tensor]) -> None:
-        """Take over a stored average of whole tensors; its names are those of ``shadow``."""
+        """Take over a stored average, split as the weights are; its names are those of ``shadow``."""
         for name, tensor in self.shadow.items():
-            tensor.copy_(placed(shadow[name], tensor))
+            tensor.copy_(shadow[name])
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

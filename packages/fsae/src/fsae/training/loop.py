@@ -105,8 +105,8 @@ def train(
 
     Raises:
         UserError: an empty dataset; a checkpoint made under other settings; a loss or gradient that is not
-            finite (the batch is saved, no update is made); TensorBoard wanted but not installed; a checkpoint
-            that cannot be written; fp16 without a GPU; two modules of one name.
+            finite (the batch is saved, no update is made); TensorBoard or DeepSpeed wanted but not installed; a
+            checkpoint that cannot be written; fp16 without a GPU; two modules of one name.
     """
     if len(dataset) == 0:
         raise UserError("the dataset is empty; give at least one sample")

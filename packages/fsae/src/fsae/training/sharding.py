@@ -78,7 +78,7 @@ def template(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, empty)
 
 
-def assembled(module: nn.Module, plain: nn.Module) -> nn.Module:
-    """``plain``, a ``template`` of ``module``, with the whole weights of the split ``module``; in every process."""
-    plain.load_state_dict({name: whole(tensor) for name, tensor in module.state_dict().items()}, assign=True)
+def assembled(plain: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """``plain``, a ``template`` of a split module, with that module's whole state."""
+    plain.load_state_dict(state, assign=True)
     return plain

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from fsae.errors import UserError
 from fsae.training import sharding
-from fsae.training.checkpointing import load_optimizer, optimizer_tensors
+from fsae.training.checkpointing import load_modules, load_optimizer, optimizer_tensors
 from fsae.training.config import LoopConfig, OptimizerConfig
 
 Groups = Callable[[OptimizerConfig], list[dict[str, Any]]]
@@ -32,6 +33,7 @@ class Trained:
     Attributes:
         forward: ``forward(function, *arguments)`` calls the function so that DDP, FSDP2 and autocast see it.
         names: "<module>.<parameter>" of everything that is trained.
+        templates: What ``export`` fills where the modules hold but a part of the weights; None where they hold all.
     """
 
     def __init__(
@@ -43,20 +45,29 @@ class Trained:
         config: LoopConfig,
         sharded: bool = False,
     ) -> None:
-        together = _Together(modules)
-        if sharded:
-            sharding.shard(together, accelerator.device)
-        else:
-            together.to(accelerator.device)
         self.accelerator, self.modules, self.sharded = accelerator, modules, sharded
+        self.templates = {name: sharding.template(m) for name, m in modules.items()} if sharded else None
         self.accumulation = config.gradient_accumulation_steps
-        self.forward: nn.Module = accelerator.prepare_model(together, evaluation_mode=sharded)
+        self.forward = self._placed()
         self.names: dict[nn.Parameter, str] = {
             p: f"{name}.{key}" for name, m in modules.items() for key, p in m.named_parameters() if p.requires_grad
         }
         self.optimizer = _adamw(groups(optimizer), optimizer)
         # One scaler for each optimiser: a shared one would be updated between their steps.
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16")
+
+    def _placed(self) -> nn.Module:
+        """``forward``: the modules where they are trained, ready to be called."""
+        together = Together(self.modules)
+        if self.sharded:
+            sharding.shard(together, self.accelerator.device)
+        else:
+            together.to(self.accelerator.device)
+        placed: nn.Module = self.accelerator.prepare_model(together, evaluation_mode=self.sharded)
+        return placed
+
+    # --- a step
+    # ---------------------------------------------------------------------------------------------------
 
     def set_rate(self, factor: float) -> float:
         """Set the learning rates to a share of their peaks; returns the first group's."""
@@ -104,16 +115,47 @@ class Trained:
                 module.training = mode
             sharding.release(self.forward)
 
-    def moments(self) -> dict[str, Tensor]:
+    # --- what is kept of it: whole tensors go out and come in, whatever a process holds; all processes take part
+    # ---------------------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """What this process holds of the trained weights, to be averaged as it is."""
+        return {name: parameter for parameter, name in self.names.items()}
+
+    def gathered(self, parts: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+        """Whole tensors, for who ``keep``s them, of what the processes hold; split as the weights of these names."""
+        return sharding.gathered(parts, keep)
+
+    def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of ``gathered``, for all ``weights``."""
+        return {name: sharding.placed(tensors[name], weight) for name, weight in self.weights.items()}
+
+    def state(self, name: str, keep: bool) -> dict[str, Tensor]:
+        """Weights and buffers of the module ``name``."""
+        return sharding.gathered(self.modules[name].state_dict(), keep)
+
+    def load_modules(self, folder: Path) -> None:
+        """Load each module strictly from a checkpoint."""
+        load_modules(folder, self.modules)
+
+    def moments(self, keep: bool) -> dict[str, Tensor]:
         """The optimiser's state under "<moment>/<parameter>"."""
-        return optimizer_tensors(self.optimizer, self.names)
+        return sharding.gathered(optimizer_tensors(self.optimizer, self.names), keep)
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        """The inverse of ``moments``, from whole tensors."""
+        """The inverse of ``moments``."""
         load_optimizer(self.optimizer, moments, self.names)
 
+    def export(self, name: str) -> nn.Module:
+        """The module ``name``, whole and in eval mode, in every process."""
+        if self.templates is None:
+            return self.modules[name].eval()
+        whole = sharding.assembled(self.templates[name], self.state(name, keep=True))
+        return whole.to(self.accelerator.device).eval()
 
-class _Together(nn.Module):
+
+class Together(nn.Module):
     """Modules under one forward, so that DDP, FSDP2 and autocast see the whole loss, whatever it calls."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
