@@ -50,6 +50,7 @@ def test_folding_is_timed_against_the_same_numbers(tmp_path: Path, kind: str) ->
     assert 0 < row["largest_difference"] < 1e-3
 
 
+@pytest.mark.slow
 def test_the_peak_of_streams_is_that_of_processes(tmp_path: Path) -> None:
     output = tmp_path / "streaming.json"
     arguments = ["streaming", "--frames", "1", "9", "--side", "64", "--widths", *WIDTHS, "--rounds", "1"]
@@ -187,6 +188,7 @@ def test_the_transformers_work_is_counted() -> None:
         assert blocks == sum(flops.values()) - (0 if memory else flops["layer_memory"])
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_whole_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -308,6 +308,8 @@ def test_compiled_it_is_the_same_and_depth_adds_no_graphs() -> None:
     assert graphs(3) == graphs(6) == [2, 2]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_a_whole_model_compiles_with_its_gradients() -> None:
     torch._dynamo.reset()
     model = random_model(4)

@@ -220,6 +220,7 @@ def test_the_host_never_waits_for_the_device(solver: str) -> None:
         bool(out.sum() > 0)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_the_whole_loop_compiles() -> None:
     torch._dynamo.reset()
     model, both = transformer(), conditions()

@@ -108,9 +108,11 @@ def _retrieve(
     c = tl.arange(0, CHANNELS)
     valid = c < D
     mixed = tl.zeros((CHANNELS,), tl.float32)
+    row = states_ptr + token * D  # a pointer goes from plane to plane: j * plane may be more than 32 bits hold
     for j in range(states):
         weight = tl.load(weights_ptr + token * states + j)
-        mixed += weight * tl.load(states_ptr + j * plane + token * D + c, mask=valid, other=0.0).to(tl.float32)
+        mixed += weight * tl.load(row + c, mask=valid, other=0.0).to(tl.float32)
+        row += plane
     # As the plain form does, the sum is rounded to what a state is before it is normalised.
     mixed = mixed.to(states_ptr.dtype.element_ty).to(tl.float32)
     mean = tl.sum(mixed, axis=0) / D
