@@ -347,6 +347,8 @@ def test_an_outline_has_the_shapes_and_no_weight(tmp_path: Path) -> None:
         Toy.outline(str(tmp_path / "none"))
     with pytest.raises(UserError, match="has no option 'deep'"):
         Toy.outline("wide", deep=2)
+    with pytest.raises(UserError, match=r"has no option 'sel' \(nearest: '(?!self)"):
+        Toy.outline("wide", sel=2)
     (tmp_path / WEIGHTS).write_bytes(b"cut short")
     with pytest.raises(CheckpointError, match="cut short"):
         Toy.outline(str(tmp_path))

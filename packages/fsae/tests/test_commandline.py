@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import types
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -64,6 +66,16 @@ def test_the_target_receives_the_remaining_arguments_untouched(target: types.Mod
     [
         (UserError("a is given; b is accepted; give b"), 2, "demo: a is given; b is accepted; give b\n"),
         (CheckpointError("it is cut short"), 2, "demo: it is cut short\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            2,
+            "demo: a file cannot be written (No space left on device); make room and run again\n",
+        ),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded", "map.png"),
+            2,
+            "demo: map.png cannot be written (Disk quota exceeded); make room and run again\n",
+        ),
         (KeyboardInterrupt(), 130, "demo: interrupted\n"),
         (SystemExit(2), 2, ""),
         (SystemExit(None), 0, ""),
@@ -108,10 +120,14 @@ class Numbers:
     Attributes:
         count: How many.
         scale: How large.
+        names: What they are called.
+        kind: Of what kind.
     """
 
     count: int
     scale: float = 1.0
+    names: list[str] = field(default_factory=list)
+    kind: Literal["small", "large"] = "small"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +135,9 @@ class Numbers:
     [
         (["--cuont", "3"], "unrecognized arguments: --cuont 3"),
         ([], "required: count"),
-        (["--count", "many"], "Got value: many"),
+        (["--count", "many"], "Expected a value of type int. Got value: many"),
+        (["--count", "3", "--names", "one"], "Expected a list, such as '[this, that]'. Got value: one"),
+        (["--count", "3", "--kind", "big"], "Expected one of 'small', 'large'. Got value: big"),
         (["--config", "none.yaml"], "File does not exist"),
         (["--config", "broken.yaml"], "Problems parsing config"),
         (["--config", "unknown.yaml"], "Option 'sacle' is not accepted"),

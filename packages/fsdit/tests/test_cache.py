@@ -397,6 +397,8 @@ def test_a_transformer_that_does_not_fit_is_refused(whole: Path) -> None:
     ):
         with pytest.raises(UserError, match=f"the cache's {words}, the transformer takes 9; give"):
             data.check_fits(SimpleNamespace(**{**fits, name: 9}))
+    with pytest.raises(UserError, match="image embeddings have 8 channels, the transformer takes none"):
+        data.check_fits(SimpleNamespace(**{**fits, "image_dim": None}))
 
 
 def test_latents_that_half_precision_cannot_hold_are_refused(world: Path, whole: Path, tmp_path: Path) -> None:

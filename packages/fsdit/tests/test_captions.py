@@ -186,8 +186,9 @@ def test_captions_and_spans_of_a_list_are_kept(media: Path, tmp_path: Path) -> N
 
 
 def test_what_cannot_be_captioned_is_said(media: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no file of .* could be captioned"):
+    with pytest.raises(UserError, match="no file of .* could be captioned, .*broken.mp4 for one: the video .*; look"):
         write_captions(config(media, tmp_path / "l.jsonl", data=str(media / "broken.mp4")), Rule())
+    assert list(tmp_path.iterdir()) == []
     report = write_captions(config(media, tmp_path / "l.jsonl"), lambda frames: "" if len(frames) == 1 else "something")
     assert report.skipped[str(media / "picture.png")] == "the model said nothing"
     for bad, message in (

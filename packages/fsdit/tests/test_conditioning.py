@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import UMT5EncoderModel
 
 from fsae.errors import CheckpointError, UserError
 from fsdit.conditioning import (
@@ -19,6 +20,7 @@ from fsdit.conditioning import (
     nano_tokenizer,
     resize_for_clip,
 )
+from fsdit.encoders import load_encoder
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +104,21 @@ def test_first_frame_condition() -> None:
     noisy = torch.randn(2, 8, 4, 3, 2)
     stacked = model_input(noisy, condition)
     assert torch.equal(stacked, torch.cat([noisy, condition.mask, condition.latents], dim=1))
-    with pytest.raises(ValueError, match="one first latent"):
-        first_frame_condition(torch.zeros(1, 8, 2, 3, 2), 4)
+    for wrong in (torch.zeros(1, 8, 2, 3, 2), torch.zeros(8, 1, 3, 2)):
+        with pytest.raises(ValueError, match="a first latent B C 1 h w"):
+            first_frame_condition(wrong, 4)
+    for wrong in (noisy[:1], noisy[:, :, :3], noisy[..., :1]):
+        with pytest.raises(ValueError, match="only C may differ"):
+            model_input(wrong, condition)
+
+
+def test_what_is_no_list_of_prompts_and_no_batch_of_images_is_refused(text: TextEncoder, image: ImageEncoder) -> None:
+    for prompts in ("a cat", []):
+        with pytest.raises(ValueError, match="give a list of prompts"):
+            text(prompts)
+    for images in (torch.zeros(1, 3, 5, 16, 16), torch.zeros(3, 16, 16)):
+        with pytest.raises(ValueError, match="expected images B 3 H W"):
+            image(images)
 
 
 def test_saved_in_pipeline_layout_and_loaded(tmp_path, text: TextEncoder, image: ImageEncoder) -> None:
@@ -129,3 +144,5 @@ def test_saved_in_pipeline_layout_and_loaded(tmp_path, text: TextEncoder, image:
         load_encoders(tmp_path, 32)
     with pytest.raises(UserError, match="neither"):
         load_encoders(tmp_path / "absent", 32)
+    with pytest.raises(CheckpointError, match="holds a 'clip_vision_model' model, where 'umt5' is read"):
+        load_encoder(UMT5EncoderModel, tmp_path / "image_encoder")  # before it is built: its size would be UMT5's own

@@ -83,6 +83,21 @@ def test_from_ones_own_videos_to_a_video(
     assert (tmp_path / "out.mp4").stat().st_size > 0
 
 
+def test_the_program_about_speed_runs() -> None:
+    model: dict[str, Any] = {}
+    exec(blocks("python")[2].replace("compile_repeated_blocks()", 'compile_repeated_blocks(backend="eager")'), model)
+    assert model["latents"].shape == (1, 128, 5, 2, 2) and model["latents"].isfinite().all()
+    torch._dynamo.reset()
+
+
+def test_layer_memory_runs_in_another_model() -> None:
+    model: dict[str, Any] = {}
+    exec(blocks("python")[3], model)
+    routers = [block.router for block in model["blocks"]]
+    assert [None if router is None else len(router.bias) for router in routers] == [None, 2, 3, 4]
+    assert all(router.weight.grad.any() and router.bias.grad.any() for router in routers[1:])
+
+
 class Says(torch.nn.Module):
     """In Qwen2.5-VL's place."""
 

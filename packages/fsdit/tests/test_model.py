@@ -251,10 +251,29 @@ def test_wrong_inputs_are_named() -> None:
         ({"hidden_states": torch.zeros(2, 19, 1, 2, 2)}, "expected B 20 t h w"),
         ({"hidden_states": torch.zeros(2, 20, 1, 3, 2)}, "does not divide"),
         ({"encoder_hidden_states": torch.zeros(2, 13, 24)}, "at most 12"),
+        ({"encoder_hidden_states": torch.zeros(12, 24)}, r"expected text embeddings 2 L 24, got \(12, 24\)"),
+        ({"encoder_hidden_states": torch.zeros(2, 12, 20)}, "expected text embeddings 2 L 24"),
+        ({"encoder_hidden_states": torch.zeros(3, 12, 24)}, "expected text embeddings 2 L 24"),
         ({"encoder_hidden_states_image": None}, "needs one"),
+        ({"encoder_hidden_states_image": torch.zeros(2, 5, 24)}, "expected image embeddings 2 L 20"),
+        ({"timestep": torch.tensor(3.0)}, r"expected 2 timesteps, got \(\)"),
+        ({"timestep": torch.zeros(3)}, "expected 2 timesteps"),
     ):
         with pytest.raises(ValueError, match=message):
             model(**{**batch, **change})
+    for heads in (0, 3):
+        with pytest.raises(ValueError, match=f"dim 64 does not divide into {heads} heads"):
+            tiny(num_heads=heads)
+
+
+def test_one_text_and_one_image_serve_a_batch() -> None:
+    model = tiny()
+    randomize(model)
+    batch = inputs(model)
+    one = {name: value[:1] if name.startswith("encoder") else value for name, value in batch.items()}
+    repeated = {name: value.expand(2, *value.shape[1:]) for name, value in one.items()}
+    with torch.no_grad():
+        assert torch.allclose(model(**one), model(**repeated), atol=1e-6)
 
 
 @pytest.mark.parametrize("layer_memory", [True, False])

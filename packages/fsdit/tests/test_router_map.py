@@ -258,6 +258,7 @@ def test_what_does_not_fit_is_one_sentence(parts: Path, tmp_path: Path, capsys: 
         ([*good, *encoded(parts), "--cache", "x"], "both data and cache"),
         ([*good, "--data", "x", "--encoders", "y"], "without autoencoder"),
         ([*good, "--cache", "x", "--encoders", "y"], "leave it out"),
+        ([*good, "--cache", "x", "--frames", "5"], "frames is given with cache"),
         ([*good, *encoded(parts), "--levels", "0"], "levels is 0"),
         ([*good, *encoded(parts), "--output", str(tmp_path / "a.jpg")], "ends in .png"),
         ([*good, *encoded(parts), "--output", str(tmp_path / "no" / "a.png")], "there is no folder"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
@@ -142,6 +144,18 @@ def test_guidance_in_one_batch_equals_two_passes() -> None:
     assert torch.allclose(got, unconditional + 4.0 * (conditional - unconditional), atol=1e-5)
 
 
+def test_one_prompt_and_one_negative_serve_a_batch() -> None:
+    model, (condition, context) = transformer(), conditions()
+    text, negative = context.text[:1], context.negative[:1]
+    repeated = Context(text.expand(2, -1, -1), context.image, negative.expand(2, -1, -1))
+    with torch.no_grad():
+        expected = GuidedVelocity(model, condition, repeated, 4.0)(noise(), 640.0)
+        got = GuidedVelocity(model, condition, Context(text, context.image, negative), 4.0)(noise(), 640.0)
+    assert torch.equal(got, expected)
+    with pytest.raises(UserError, match="give both at one length"):
+        GuidedVelocity(model, condition, Context(text, context.image, negative[:, :3]), 4.0)
+
+
 def test_guidance_one_runs_one_branch() -> None:
     model, (condition, _) = GaussianFlow(0, 1), nothing()
     text = torch.zeros(2, 1, 1)
@@ -194,7 +208,7 @@ def test_kept_keys_and_values_change_nothing(batch: int) -> None:
     assert (kept - again).abs().max() < 1e-6
 
 
-def test_a_cache_follows_its_prompt_and_carries_no_gradients() -> None:
+def test_a_cache_follows_its_prompt_and_its_model_and_carries_no_gradients() -> None:
     model, (_, context) = transformer(), conditions()
     latents, times, cache = torch.randn(2, 12, 3, 2, 2), torch.tensor([100.0, 500.0]), ContextCache()
     with torch.no_grad():
@@ -202,6 +216,10 @@ def test_a_cache_follows_its_prompt_and_carries_no_gradients() -> None:
             expected = model(latents, times, text, context.image)
             assert torch.equal(model(latents, times, text, context.image, cache=cache), expected)
             assert torch.equal(model(latents, times, text, context.image, cache=cache), expected)
+        other = copy.deepcopy(model)
+        other.text_embedding[0].weight.mul_(2)
+        expected = other(latents, times, context.text, context.image)
+        assert torch.equal(other(latents, times, context.text, context.image, cache=cache), expected)
     with pytest.raises(ValueError, match="no_grad"):
         model(latents, times, context.text, context.image, cache=cache)
 

@@ -326,6 +326,8 @@ def test_parts_that_do_not_fit_are_named(tmp_path) -> None:
     for wrong, part in (({"text_dim": 64}, "text encoder"), ({"image_dim": 64}, "image encoder")):
         with pytest.raises(UserError, match=f"{part} gives .* channels, the transformer takes 64"):
             FlowMatchingTask(*parts(**wrong), config(tmp_path))
+    with pytest.raises(UserError, match="image encoder gives .* the transformer takes none"):
+        FlowMatchingTask(*parts(image_dim=None), config(tmp_path))
     with pytest.raises(UserError, match="autoencoder gives 4"):
         FlowMatchingTask(*parts(latent_channels=8), config(tmp_path), FSAE(**TINY_FSAE))
     with pytest.raises(UserError, match="neither a preset"):

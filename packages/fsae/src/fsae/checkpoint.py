@@ -60,7 +60,7 @@ class StrictModelMixin(ModelMixin, ConfigMixin):
                 f"{cls.__name__} has no preset {name!r}{nearest(name, cls.presets)}; "
                 f"choose one of {', '.join(cls.presets)}"
             )
-        known = cls._get_init_keys(cls)
+        known = cls._get_init_keys(cls) - {"self"}
         for key in overrides:
             if key not in known:
                 raise UserError(

@@ -8,6 +8,8 @@ parsing.
 from __future__ import annotations
 
 import argparse
+import errno
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,6 +24,8 @@ Settings = TypeVar("Settings")
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ def run(
 ) -> int:
     """Run the command that `argv` (default: the process's arguments) names; return the process's exit code.
 
-    0 is success, 2 a user's error (its sentence on stderr, no traceback), 130 an interrupt. Any other
-    exception is a fault of the program and passes through.
+    0 is success, 2 a user's error or a full disk (a sentence on stderr, no traceback), 130 an interrupt. Any
+    other exception is a fault of the program and passes through.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -53,6 +57,12 @@ def run(
             return command(arguments[1:])
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        place = f"{error.filename} cannot be written" if error.filename else "a file cannot be written"
+        print(f"{prog}: {place} ({error.strerror}); make room and run again", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
@@ -84,9 +94,16 @@ def read_settings(
     try:
         found = parser.instantiate(parser.parse_args(argv))
     except ArgumentError as error:
-        reason = " ".join(str(error).replace("Parser key", "option").split())
+        reason = _in_words(" ".join(str(error).replace("Parser key", "option").split()))
         raise UserError(f"{reason}; '{prog} --help' shows the options and what they take") from None
     return settings(**{key: value for key, value in vars(found).items() if key != "config"})
+
+
+def _in_words(reason: str) -> str:
+    """jsonargparse's sentence about a value, without the names of Python's types."""
+    reason = reason.replace("Expected a <class 'list'>.", "Expected a list, such as '[this, that]'.")
+    reason = re.sub(r"Expected a <class '(\w+)'>", r"Expected a value of type \1", reason)
+    return re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", reason)
 
 
 @contextmanager

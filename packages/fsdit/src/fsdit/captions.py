@@ -91,9 +91,9 @@ def write_captions(config: CaptionConfig, captioner: Captioner | None = None) ->
         known |= _ask(todo, captioner, config.frames, unfinished, target, skipped)
     rows = {key: known[key] for entry in entries if (key := _key(entry, target)) in known}
     if not rows:
-        raise UserError(
-            f"no file of {config.data} could be captioned: {next(iter(skipped.items()))}; look at the files"
-        )
+        unfinished.unlink(missing_ok=True)
+        path, reason = next(iter(skipped.items()))
+        raise UserError(f"no file of {config.data} could be captioned, {path} for one: {reason}; look at the files")
     with atomic_path(target) as temporary:
         temporary.write_text("".join(map(_line, rows.items())), encoding="utf-8")
     unfinished.unlink(missing_ok=True)

@@ -52,9 +52,9 @@ def first_frame_condition(first_latent: Tensor, t: int, mask_channels: int = 4) 
         t: latent frames of the clip.
         mask_channels: all carry the same value; four, as in Wan2.1, one for each video frame of a latent.
     """
-    batch, _, frames, h, w = first_latent.shape
-    if frames != 1 or t < 1:
-        raise ValueError(f"expected one first latent and t >= 1, got {frames} latents and t = {t}")
+    if first_latent.ndim != 5 or first_latent.shape[2] != 1 or t < 1:
+        raise ValueError(f"expected a first latent B C 1 h w and t >= 1, got {tuple(first_latent.shape)} and t = {t}")
+    batch, _, _, h, w = first_latent.shape
     latents = F.pad(first_latent, (0, 0, 0, 0, 0, t - 1))
     mask = first_latent.new_zeros(batch, mask_channels, t, h, w)
     mask[:, :, 0] = 1
@@ -62,7 +62,14 @@ def first_frame_condition(first_latent: Tensor, t: int, mask_channels: int = 4) 
 
 
 def model_input(noisy: Tensor, condition: Condition) -> Tensor:
-    """noise ‖ mask ‖ condition on the channel axis: ``B (C + mask_channels + C) t h w``."""
+    """noise ‖ mask ‖ condition on the channel axis: ``B (C + mask_channels + C) t h w``.
+
+    Raises:
+        ValueError: they differ in batch, length or size.
+    """
+    for given in (condition.mask, condition.latents):
+        if (len(given), *given.shape[2:]) != (len(noisy), *noisy.shape[2:]):
+            raise ValueError(f"latents {tuple(noisy.shape)} with a condition {tuple(given.shape)}; only C may differ")
     mask, known = condition.mask.to(noisy), condition.latents.to(noisy)
     return torch.cat((noisy, mask, known), dim=1)
 
@@ -108,7 +115,13 @@ class TextEncoder(nn.Module):
         return ([*ids[: self.text_len - 1], ids[-1]], dropped) if dropped else (ids, 0)
 
     def forward(self, prompts: Sequence[str]) -> TextEncoding:
-        """Encode ``B`` prompts; differentiable with respect to the model's weights."""
+        """Encode ``B`` prompts; differentiable with respect to the model's weights.
+
+        Raises:
+            ValueError: no prompt, or one that stands in no list, whose letters would be taken for prompts.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"{prompts!r} given; give a list of prompts, a single one as [prompt]")
         ids, dropped = zip(*(self.tokenize(prompt) for prompt in prompts), strict=True)
         lengths = tuple(len(sequence) for sequence in ids)
         device = next(self.model.parameters()).device
@@ -128,6 +141,8 @@ def resize_for_clip(images: Tensor, size: int) -> Tensor:
 
     Images that have this size already are returned as they are, so that resizing early, for a cache, changes nothing.
     """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"expected images B 3 H W, got {tuple(images.shape)}; of a video, give one frame: [:, :, 0]")
     if images.shape[-2:] == (size, size):
         return images.float()
     return F.interpolate(images.float(), size=(size, size), mode="bicubic", align_corners=False)

@@ -226,8 +226,8 @@ class CachedLatents(Dataset[CachedSample]):
         for part, gives, takes, unit in pairs:
             if gives != takes:
                 raise UserError(
-                    f"the cache's {part} {gives} {unit}, the transformer takes {takes}; give a cache made with the "
-                    "encoders and text_len that belong to it"
+                    f"the cache's {part} {gives} {unit}, the transformer takes {takes or 'none'}; give a cache made "
+                    "with the encoders and text_len that belong to it"
                 )
 
     def verify(self) -> None:

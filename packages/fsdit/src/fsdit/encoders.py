@@ -35,9 +35,12 @@ def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None, varia
         variant: of the files' names, such as "fp16".
 
     Raises:
-        CheckpointError: config or weights are missing or cut short, or a key is missing, unknown or misshapen.
+        CheckpointError: config or weights are missing or cut short, the config is of another model, or a key is
+            missing, unknown or misshapen.
     """
-    read_json(folder / "config.json")
+    kind, wanted = read_json(folder / "config.json").get("model_type"), cls.config_class.model_type
+    if kind not in (None, wanted):  # transformers would build the model anyhow, at its own full size
+        raise CheckpointError(f"{folder} holds a {kind!r} model, where {wanted!r} is read; give the folder of that one")
     for file in _weight_files(folder, variant):
         tensor_shapes(file)
     try:

@@ -44,21 +44,23 @@ class ContextCache:
     """Cross-attention's keys and values of every block, made at the first forward and then reused.
 
     They depend on text and image alone, so a sampling run that gives the model one cache in all its steps computes
-    them once. A forward with other text or image tensors makes them anew. For inference: they carry no gradients.
+    them once. A forward with other text or image tensors, or of another model, makes them anew; values that change in
+    place, of the tensors or of the weights, go unnoticed. For inference: they carry no gradients.
     """
 
     def __init__(self) -> None:
-        self._source: tuple[Tensor, Tensor | None] | None = None
+        self._source: tuple[nn.ModuleList, Tensor, Tensor | None] | None = None
         self._blocks: tuple[_BlockCache, ...] = ()
 
-    def holds(self, text: Tensor, image: Tensor | None) -> bool:
-        """Whether the cache was made of these very tensors."""
-        return self._source is not None and self._source[0] is text and self._source[1] is image
+    def holds(self, blocks: nn.ModuleList, text: Tensor, image: Tensor | None) -> bool:
+        """Whether these blocks made the cache of these very tensors."""
+        source = (blocks, text, image)
+        return self._source is not None and all(a is b for a, b in zip(self._source, source, strict=True))
 
-    def start(self, text: Tensor, image: Tensor | None, embedded: Embedded, blocks: int) -> None:
+    def start(self, blocks: nn.ModuleList, text: Tensor, image: Tensor | None, embedded: Embedded) -> None:
         """Forget what there is; the blocks fill the cache from ``embedded`` as they run."""
-        self._source = text, image
-        self._blocks = tuple(_BlockCache(embedded) for _ in range(blocks))
+        self._source = blocks, text, image
+        self._blocks = tuple(_BlockCache(embedded) for _ in blocks)
 
     def __getitem__(self, index: int) -> _BlockCache:
         return self._blocks[index]
@@ -235,7 +237,7 @@ class FSDiT(StrictModelMixin):
         memory_gate: bool = False,
     ) -> None:
         super().__init__()
-        if dim % num_heads or (dim // num_heads) % 2:
+        if num_heads < 1 or dim % num_heads or (dim // num_heads) % 2:
             raise ValueError(f"dim {dim} does not divide into {num_heads} heads of even width")
         in_channels = in_channels or 2 * latent_channels + mask_channels
         out_channels = out_channels or latent_channels
@@ -326,14 +328,17 @@ class FSDiT(StrictModelMixin):
         Args:
             hidden_states: ``B in_channels t h w``; t, h, w divisible by the patch.
             timestep: ``B``, 1000·sigma as floats.
-            encoder_hidden_states: text, ``B L text_dim`` with L <= text_len.
-            encoder_hidden_states_image: image, ``B M image_dim``; required unless image_dim is None.
+            encoder_hidden_states: text, ``B L text_dim`` with L <= text_len; one text serves any batch.
+            encoder_hidden_states_image: image, ``B M image_dim``; required unless image_dim is None. Likewise.
             cache: keeps what only depends on text and image from call to call, in inference.
 
         Returns:
             ``B out_channels t h w`` in the dtype of the model's weights (or of autocast).
+
+        Raises:
+            ValueError: shapes that do not fit the model or each other.
         """
-        self._check_inputs(hidden_states, encoder_hidden_states, encoder_hidden_states_image)
+        self._check_inputs(hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image)
         if cache is not None and torch.is_grad_enabled():
             raise ValueError("a context cache carries no gradients; call the model under torch.no_grad()")
         grid = self._token_grid(hidden_states)
@@ -361,7 +366,7 @@ class FSDiT(StrictModelMixin):
         self, text: Tensor, image: Tensor | None, cache: ContextCache | None
     ) -> Callable[[int], Embedded | _BlockCache]:
         """What block i's cross-attention sees."""
-        if cache is not None and cache.holds(text, image):
+        if cache is not None and cache.holds(self.blocks, text, image):
             return cache.__getitem__
         dtype = self.patch_embedding.weight.dtype
         embedded_image = None
@@ -370,7 +375,7 @@ class FSDiT(StrictModelMixin):
         embedded = Embedded(self.text_embedding(self._pad_text(text.to(dtype))), embedded_image)
         if cache is None:
             return lambda index: embedded
-        cache.start(text, image, embedded, len(self.blocks))
+        cache.start(self.blocks, text, image, embedded)
         return cache.__getitem__
 
     def _run_blocks(
@@ -412,15 +417,21 @@ class FSDiT(StrictModelMixin):
     def _pad_text(self, text: Tensor) -> Tensor:
         return nn.functional.pad(text, (0, 0, 0, self.config.text_len - text.shape[1]))
 
-    def _check_inputs(self, latents: Tensor, text: Tensor, image: Tensor | None) -> None:
+    def _check_inputs(self, latents: Tensor, timestep: Tensor, text: Tensor, image: Tensor | None) -> None:
         """ValueError for shapes that would otherwise fail deep inside, or not fail and be wrong."""
         if latents.ndim != 5 or latents.shape[1] != self.config.in_channels:
             raise ValueError(f"expected B {self.config.in_channels} t h w, got {tuple(latents.shape)}")
         grid, patch = latents.shape[2:], self.config.patch_size
         if any(size % step for size, step in zip(grid, patch, strict=True)):
             raise ValueError(f"latent grid {tuple(grid)} does not divide by patch {tuple(patch)}")
-        if text.shape[1] > self.config.text_len:
+        if text.ndim == 3 and text.shape[1] > self.config.text_len:
             raise ValueError(f"{text.shape[1]} text tokens given, the model takes at most {self.config.text_len}")
         if (image is None) != (self.image_embedding is None):
             given, wants = ("no image", "needs") if image is None else ("an image", "was built without")
             raise ValueError(f"{given} embedding given, but this model {wants} one")
+        batch = len(latents)
+        if timestep.shape != (batch,):
+            raise ValueError(f"expected {batch} timesteps, got {tuple(timestep.shape)}")
+        for name, rows, width in (("text", text, self.config.text_dim), ("image", image, self.config.image_dim)):
+            if rows is not None and (rows.ndim != 3 or rows.shape[2] != width or len(rows) not in (1, batch)):
+                raise ValueError(f"expected {name} embeddings {batch} L {width}, got {tuple(rows.shape)}")

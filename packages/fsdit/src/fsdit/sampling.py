@@ -57,21 +57,34 @@ class GuidedVelocity:
         guidance: the scale.
 
     Raises:
-        UserError: guidance without a negative embedding.
+        UserError: guidance without a negative embedding, or with one of another length than the text's.
     """
 
     def __init__(self, model: nn.Module, condition: Condition, context: Context, guidance: float) -> None:
-        if guidance != 1 and context.negative is None:
-            raise UserError(f"guidance {guidance} needs the embedding of a negative (or empty) prompt; none was given")
         self.model, self.condition, self.guidance = model, condition, guidance
         self.text, self.image = context.text, context.image
         self.branches = 1 if guidance == 1 else 2
-        if guidance != 1 and context.negative is not None:
-            self.text = torch.cat((context.text, context.negative))
+        if self.branches == 2:
+            self.text = self._both_texts(context)
             # One image serves any batch; attention broadcasts it.
             if context.image is not None and len(context.image) > 1:
                 self.image = torch.cat((context.image, context.image))
         self.cache = {"cache": ContextCache()} if isinstance(model, FSDiT) else {}
+
+    def _both_texts(self, context: Context) -> Tensor:
+        """Text and negative, ``2B L D``; a single one of either is repeated."""
+        text, negative = context.text, context.negative
+        if negative is None:
+            raise UserError(
+                f"guidance {self.guidance} needs the embedding of a negative (or empty) prompt; none was given"
+            )
+        if negative.shape[1:] != text.shape[1:]:
+            raise UserError(
+                f"the negative embedding is {tuple(negative.shape)}, the text's {tuple(text.shape)}; give both at one "
+                "length"
+            )
+        batch = len(self.condition.latents)
+        return torch.cat([part.expand(batch, -1, -1) if len(part) == 1 else part for part in (text, negative)])
 
     def __call__(self, latents: Tensor, timestep: float) -> Tensor:
         """Latents ``B C t h w`` at 1000·sigma = timestep -> velocity ``B C t h w``."""

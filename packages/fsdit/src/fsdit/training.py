@@ -381,5 +381,6 @@ def check_widths(
     for part, gives, takes in pairs:
         if gives != takes:
             raise UserError(
-                f"the {part} gives {gives} channels, the transformer takes {takes}; give parts that belong together"
+                f"the {part} gives {gives} channels, the transformer takes {takes or 'none'}; "
+                "give parts that belong together"
             )

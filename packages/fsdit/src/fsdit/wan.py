@@ -205,7 +205,7 @@ def wan_options(source: Source, layout: Layout, num_heads: int | None = None) ->
         if options["dim"] % HEAD_DIM:
             raise UserError(
                 f"{source.label} has no configuration, and {options['dim']} channels are no heads of {HEAD_DIM}; "
-                "give num_heads"
+                "give the folder with its config.json, or num_heads in Python"
             )
         options["num_heads"] = options["dim"] // HEAD_DIM
     elif num_heads not in (None, known):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ class RouterMapConfig:
         autoencoder: Folder of the saved FSAE that encodes data.
         encoders: Folder with text_encoder, tokenizer and image_encoder, for data.
         cache: Folder that "fsdit cache" made, in place of data.
-        frames: Frames of a clip of data, 1 + 4k.
+        frames: Frames of a clip of data, 1 + 4k; a cache has its own, as all that follows down to stride.
         height: Clips of data are resized and cropped to this height, a multiple of 64.
         width: Likewise.
         stride: Take every stride-th frame of a file of data.
@@ -64,8 +64,10 @@ class RouterMapConfig:
         for name in ("autoencoder", "encoders"):
             if self.data and not getattr(self, name):
                 raise UserError(f"data is given without {name}; give the folder of what encodes its clips")
-            if self.cache and getattr(self, name):
-                raise UserError(f"{name} is given with cache, whose clips are encoded already; leave it out")
+        unset = {field.name: field.default for field in fields(self)}
+        for name in ("autoencoder", "encoders", "frames", "height", "width", "stride"):
+            if self.cache and getattr(self, name) != unset[name]:
+                raise UserError(f"{name} is given with cache, whose clips are cut and encoded already; leave it out")
 
 
 def main(argv: list[str]) -> int:

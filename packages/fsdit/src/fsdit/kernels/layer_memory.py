@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fsae.errors import UserError
 from fsdit.layers.layer_memory import LayerRouter
 
 TOKENS = 16  # of one program of `route`: the least that a matrix product of Triton's takes
@@ -133,7 +134,14 @@ def route(x: Tensor, shift: Tensor, scale: Tensor, eps: float, router: LayerRout
         scale: of Mod.
         eps: of Mod's norm.
         router: its weights are taken in float32.
+
+    Raises:
+        UserError: the tensors are on the CPU, for which Triton compiles nothing.
     """
+    if x.device.type == "cpu" and isinstance(_route, triton.JITFunction):
+        raise UserError(
+            'the memory kernel "fused" needs a GPU and the tensors are on the CPU; move the model, or take "auto"'
+        )
     batch, tokens, dim = x.shape
     states = len(router.bias)
     x = x if x.stride(2) == 1 and x.stride(1) == dim else x.contiguous()

@@ -13,6 +13,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
+from fsdit.layers.modulation import FullWidthRMSNorm
 from fsdit.layers.rope import Rotary, rotate
 from fsdit.parallel import ContextParallel
 
@@ -29,8 +30,8 @@ class _Attention(nn.Module, AttentionModuleMixin):
         self.to_q = nn.Linear(dim, dim)
         self.to_kv = nn.Linear(dim, 2 * dim)
         self.to_out = nn.Linear(dim, dim)
-        self.norm_q = nn.RMSNorm(dim, eps=eps)
-        self.norm_k = nn.RMSNorm(dim, eps=eps)
+        self.norm_q = FullWidthRMSNorm(dim, eps=eps)
+        self.norm_k = FullWidthRMSNorm(dim, eps=eps)
 
     @property
     def processor(self) -> _Attention:
@@ -87,7 +88,7 @@ class CrossAttention(_Attention):
     def __init__(self, dim: int, num_heads: int, eps: float, image: bool) -> None:
         super().__init__(dim, num_heads, eps)
         self.to_kv_image = nn.Linear(dim, 2 * dim) if image else None
-        self.norm_k_image = nn.RMSNorm(dim, eps=eps) if image else None
+        self.norm_k_image = FullWidthRMSNorm(dim, eps=eps) if image else None
 
     def keys_values(self, text: Tensor, image: Tensor | None) -> KeysValues:
         """text ``B L D`` and image ``B M D`` (None only if built without image)."""

@@ -20,8 +20,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Mod(x) for x ``B N D`` with shift and scale ``B 1 D``."""
-    wide = at_least_float32(x)
-    return torch.addcmul(shift, F.layer_norm(wide, x.shape[-1:], eps=eps), 1 + scale).type_as(x)
+    normal = F.layer_norm(at_least_float32(x), x.shape[-1:], eps=eps)
+    if torch.is_grad_enabled():
+        return torch.addcmul(shift, normal, 1 + scale).type_as(x)
+    return normal.mul_(1 + scale).add_(shift).type_as(x)  # in place, where no backward needs the normalised x
 
 
 def add_gated(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
@@ -36,3 +38,17 @@ class WideLayerNorm(nn.LayerNorm):
         wide = at_least_float32(x)
         weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
         return F.layer_norm(wide, self.normalized_shape, weight, bias, self.eps).type_as(x)
+
+
+class FullWidthRMSNorm(nn.RMSNorm):
+    """x / rms(x) · weight over the last axis, which is the whole width of queries or keys and not a head's (Wan2.1)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``... D``. PyTorch has a kernel for this on GPUs; on a CPU it makes six passes, where one reduction and two
+        products do."""
+        plain = x.is_cpu and x.dtype == self.weight.dtype and x.itemsize >= 4
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not plain:
+            return super().forward(x)
+        assert self.eps is not None
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        return (x * squares.div_(x.shape[-1]).add_(self.eps).rsqrt_()).mul_(self.weight)
