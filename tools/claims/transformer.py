@@ -25,7 +25,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -41,10 +40,11 @@ from fsae.checkpoint import save_state
 from fsae.files import atomic_path
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
-from fsae.training.task import Task
-from fsdit.conditioning import first_frame_condition, load_encoders, model_input
-from fsdit.flow import TIMESTEPS, FlowSchedule, interpolate, pseudo_huber, velocity
+from fsdit.conditioning import Context, load_encoders
+from fsdit.config import FlowMatchingConfig
+from fsdit.flow import FlowSchedule
 from fsdit.model import FSDiT
+from fsdit.training import FlowMatchingTask
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIPS = ROOT / "build" / "nano" / "clips"
@@ -129,35 +129,20 @@ def encoded_clips() -> dict[str, Tensor]:
     return tensors
 
 
-class VelocityTask(Task):
-    """The transformer's flow matching loss (`fsdit.training`) on embeddings that are there already."""
+class VelocityTask(FlowMatchingTask):
+    """The transformer's training (`fsdit.training`) on embeddings that are there already, none of them dropped."""
 
     def __init__(self, transformer: FSDiT) -> None:
-        self.transformer = transformer
-        self.modules = {"transformer": transformer}
+        loop = LoopConfig(output_dir=str(BUILD))
+        config = FlowMatchingConfig("the nano world", "none", loop, encoders=str(ENCODERS), flow=FLOW)
+        super().__init__(transformer, None, None, config)
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Pseudo-Huber loss of the velocity and its mean square error."""
         latents = batch["latents"]
         noise = torch.randn(latents.shape, generator=generator)
         sigma = FLOW.sample(len(latents), generator)
-        condition = first_frame_condition(latents[:, :, :1], latents.shape[2])
-        noisy = model_input(interpolate(latents, noise, sigma), condition)
-        prediction = self.transformer(noisy, TIMESTEPS * sigma, batch["text"], batch["image"])
-        target = velocity(latents, noise)
-        return {
-            "loss": pseudo_huber(prediction, target).mean(),
-            "mse": (prediction.detach() - target).square().mean(),
-        }
-
-    def parameter_groups(self, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-        """As fsdit.training has them: the routers at ten times the rate, without decay."""
-        routers = self.transformer.router_parameters()
-        apart = {id(p) for p in routers}
-        groups = super().parameter_groups(optimizer)
-        for group in groups:
-            group["params"] = [p for p in group["params"] if id(p) not in apart]
-        return [*groups, {"params": routers, "weight_decay": 0.0, "lr": 10 * optimizer.learning_rate}]
+        return self.velocity_loss(latents, noise, sigma, Context(batch["text"], batch["image"]))
 
 
 def make_model(run: Run) -> FSDiT:
