@@ -236,26 +236,30 @@ def gaps(found: dict[str, list[dict[str, float]]], control: str, memory: str) ->
 
 
 def draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """A panel a question: every seed's curve, thin, and their mean."""
+    """A column a question: every seed's curve, thin, with their mean, and below it the mean gap and its spread."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(PAIRS), figsize=(10, 3.6), layout="constrained")
-    for axis, (control, memory, title) in zip(axes, PAIRS, strict=True):
+    figure, axes = pyplot.subplots(2, len(PAIRS), figsize=(10, 6), layout="constrained", squeeze=False)
+    for (upper, lower), (control, memory, title) in zip(axes.T, PAIRS, strict=True):
         for kind, colour, label in ((control, "tab:gray", "without"), (memory, "tab:blue", "with Layer Memory")):
             runs = [found[f"{kind}-{seed}"] for seed in SEEDS if f"{kind}-{seed}" in found]
             for points in runs:
-                axis.plot([p["step"] for p in points], [p["loss"] for p in points], color=colour, lw=0.6, alpha=0.6)
+                upper.plot([p["step"] for p in points], [p["loss"] for p in points], color=colour, lw=0.6, alpha=0.6)
             length = min((len(points) for points in runs), default=0)
             means = [statistics.mean(points[i]["loss"] for points in runs) for i in range(length)]
-            axis.plot([p["step"] for p in runs[0][:length]] if runs else [], means, color=colour, lw=2, label=label)
-        axis.set_title(f"{title}, {len(SEEDS)} seeds", fontsize=10)
-        axis.set_xlabel("updates")
-        axis.set_ylabel("held-out loss")
-        axis.set_yscale("log")
-        axis.legend(fontsize=8)
+            upper.plot([p["step"] for p in runs[0][:length]] if runs else [], means, color=colour, lw=2, label=label)
+        upper.set_title(f"{title}, {len(SEEDS)} seeds", fontsize=10)
+        upper.set_ylabel("held-out loss")
+        upper.legend(fontsize=8)
+        apart = gaps(found, control, memory)
+        spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in apart.values()]
+        lower.axhline(0, color="black", lw=0.8)
+        lower.errorbar(list(apart), [statistics.mean(v) for v in apart.values()], spreads, color="tab:blue", capsize=3)
+        lower.set_xlabel("updates")
+        lower.set_ylabel("loss without - with")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
