@@ -27,7 +27,7 @@ from fsae.training.autoencoder import (
     train_autoencoder,
 )
 from fsae.training.config import LoopConfig, OptimizerConfig
-from fsae.training.runs import save_parts
+from fsae.training.runs import finished, save_parts, tell_saved
 from fsae.training.stages import AutoencoderConfig
 
 SIZES: dict[str, Any] = {
@@ -244,3 +244,18 @@ def test_a_model_that_finds_no_room_is_a_sentence_and_leaves_the_checkpoint(
         save_parts(result, {"autoencoder": part})  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["autoencoder"]
     assert (tmp_path / "autoencoder" / "config.json").read_bytes() == before
+
+
+def test_of_several_processes_one_says_how_the_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "autoencoder"
+    for rank, saved, stopped in (
+        ("0", f"saved {folder}\n", "stopped at step 3 of 9; run again to go on\n"),
+        ("1", "", ""),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        assert tell_saved([folder]) == 0 and capsys.readouterr() == (saved, "")
+        assert tell_saved([]) == 130 and capsys.readouterr() == ("", "")
+        result = SimpleNamespace(step=3, stopped="signal", is_main_process=rank == "0")
+        assert not finished(result, 9) and capsys.readouterr() == ("", stopped)  # type: ignore[arg-type]

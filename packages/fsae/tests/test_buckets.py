@@ -267,6 +267,27 @@ def test_a_list_with_missing_files_is_not_fatal(media: Path) -> None:
     assert [one.name for one in clips.skipped] == ["missing.mp4"]
 
 
+def test_what_is_broken_is_said_where_no_file_fits(tmp_path: Path) -> None:
+    def refusal(*names: str) -> str:
+        (tmp_path / "list.csv").write_text("\n".join(["path", *names]) + "\n")
+        with pytest.raises(UserError) as caught:
+            BucketedClips(
+                ClipsConfig([SourceConfig(str(tmp_path / "list.csv"))], [BucketConfig(frames=5, height=64, width=64)])
+            )
+        return str(caught.value)
+
+    (tmp_path / "broken.mp4").write_text("broken")
+    video(tmp_path / "short.mp4", 64, 64, frames=3)
+    first = f"the first: there is no video file {tmp_path / 'missing.mp4'}; check its name"
+    assert refusal("missing.mp4", "broken.mp4") == f"none of the sources' 2 file(s) can be read; {first}"
+    too_short = (
+        "no file of the sources has the 5 frames that the bucket of 5 frames needs; give longer videos, or take the "
+        "bucket out"
+    )
+    assert refusal("short.mp4") == too_short
+    assert refusal("short.mp4", "missing.mp4", "broken.mp4") == f"{too_short}; 2 file(s) cannot be read, {first}"
+
+
 @pytest.mark.filterwarnings("ignore:broken")
 def test_rate_and_stride_reach_the_reader(media: Path) -> None:
     def steps(**changes: Any) -> list[int]:

@@ -144,6 +144,20 @@ def test_a_config_of_no_model_is_refused(tmp_path: Path, config: dict[str, Any])
         Toy.from_preset("small", **config)
 
 
+def test_a_model_of_another_class_is_refused_in_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    class Other(Toy):
+        pass
+
+    saved(tmp_path / "toy")
+    Other().save_pretrained(tmp_path / "other")
+    sentence = f"{tmp_path / 'other'} holds a saved Other, where Toy is read; give the folder of such"
+    for read in (Toy.from_pretrained, Toy.outline):
+        with pytest.raises(CheckpointError, match=f"^{sentence}$"):
+            read(str(tmp_path / "other"))
+    assert capfd.readouterr() == ("", "")
+    assert_same(Other.from_pretrained(tmp_path / "toy"), Toy.from_pretrained(tmp_path / "toy"))  # its base class
+
+
 @pytest.mark.parametrize("kept", [0, 4, 40, 0.5, 0.999])
 def test_a_weights_file_cut_short_is_refused(tmp_path: Path, kept: float) -> None:
     saved(tmp_path)

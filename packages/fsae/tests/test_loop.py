@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fsae.errors import CheckpointError, UserError
-from fsae.training.checkpointing import checkpoints
+from fsae.training.checkpointing import check_settings, checkpoints
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import Task, train
 from fsae.training.order import DataOrder, derived_generator
@@ -319,6 +319,18 @@ def test_other_settings_do_not_resume(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="already holds checkpoints"):
         trained(tmp_path, resume=False)
     assert torch.equal(trained(tmp_path, log_every=1, num_workers=1), trained(tmp_path / "b"))
+
+
+def test_other_data_by_its_hash_is_said_in_words(tmp_path: Path) -> None:
+    one, other = {"data": {"cache": "0a" * 32}}, {"data": {"cache": "1b" * 32}}
+    check_settings(tmp_path, one, one)
+    for stored, current, words in (
+        (one, other, "another cache"),
+        ({}, one, "data.cache was absent, is now given"),
+        (one, {}, "data.cache was given, is now absent"),
+    ):
+        with pytest.raises(UserError, match=f"was made under other settings: {words}; give the old settings back"):
+            check_settings(tmp_path, stored, current)
 
 
 def test_a_checkpoint_that_does_not_say_what_it_is_of_is_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,15 +24,17 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5Enco
 
 from fsae import FSAE
 from fsae.data.buckets import BucketedClips
+from fsae.data.media import Media
 from fsae.data.settings import BucketConfig, SourceConfig
+from fsae.data.sources import Entry
 from fsae.data.video import read_video, to_video_tensor, write_video
 from fsae.errors import UserError
 from fsae.fingerprint import encoder_fingerprint
 from fsae.training.order import EpochItems, MicroBatches, order_of
-from fsdit import cache
+from fsdit import cache, shards
 from fsdit.cli import main
 from fsdit.conditioning import load_encoders, nano_tokenizer
-from fsdit.data import CachedLatents, pad_text
+from fsdit.data import CachedLatents, pad_text, tell_missing_captions
 from fsdit.preparation import CacheConfig
 
 TINY_FSAE: dict[str, Any] = {
@@ -210,6 +213,43 @@ def test_remains_of_a_killed_process_go(world: Path, whole: Path, tmp_path: Path
     assert content(tmp_path / "cache") == content(whole)
 
 
+# Waits in the second shard until it is interrupted.
+WAITING = """
+import sys, signal, time
+from fsdit import shards
+from fsdit.cli import main
+
+def waiting(folder, number, *content):
+    if number == 1:
+        print("waiting", flush=True)
+        for _ in range(600):
+            time.sleep(0.1)  # short, since a signal just before a sleep does not end it
+    write_shard(folder, number, *content)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever this process was started with
+write_shard, shards.write_shard = shards.write_shard, waiting
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_interrupted_by_the_keyboard_and_continued(world: Path, whole: Path, tmp_path: Path) -> None:
+    config = replace(settings(world, tmp_path / "cache"), buckets=[], height=64, width=64, frames=5)
+    flags = [f"--{k}={v}" for k, v in asdict(config).items() if k not in ("buckets", "more_data") and v is not None]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", WAITING, "cache", *flags], **pipes) as process:
+        assert process.stdout is not None and process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGINT)
+        told, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and told == ""
+    assert said.splitlines()[-1] == "fsdit: interrupted" and "Traceback" not in said
+    left = content(tmp_path / "cache")
+    assert {name for name in left if "shard" in name} == {"shard-00000.safetensors", "shard-00000.json"}
+    report = cache.make_cache(config)
+    assert (report.made, report.kept, report.missing) == (1, 1, 0)
+    now = content(tmp_path / "cache")
+    assert {name: now[name] for name in left} == left and CachedLatents(tmp_path / "cache").samples
+
+
 def test_two_processes_make_what_one_makes(world: Path, whole: Path, tmp_path: Path) -> None:
     first = cache.make_cache(settings(world, tmp_path / "two", rank=1, ranks=2))
     assert (first.made, first.missing) == (2, 2)
@@ -298,6 +338,34 @@ def test_a_cache_of_nothing_is_refused(world: Path, whole: Path, tmp_path: Path)
         CachedLatents(tmp_path / "cache")
 
 
+# --- captions
+
+
+@pytest.mark.parametrize(
+    ("captions", "line"),
+    [
+        (["a", "", " "], "2 of 3 clips have no caption"),
+        (["a", "", "b"], "1 of 3 clips has no caption"),
+        (["", "", ""], "none of 3 clips has a caption"),
+        ([""], "none of 1 clip has a caption"),
+        (["a", "b", "c"], ""),
+    ],
+)
+def test_missing_captions_are_counted(captions: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tell_missing_captions([Entry(Media(Path("clip.mp4")), caption) for caption in captions])
+    assert capsys.readouterr() == ("", f"{line}; 'fsdit caption' writes captions\n" if line else "")
+
+
+def test_a_cache_without_captions_is_told_once(
+    world: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"ranks": 2, "prompts": str(whole / "prompts"), "clips_per_file": 1}
+    cache.make_cache(settings(world, tmp_path / "cache", rank=0, **changes))
+    assert capsys.readouterr().err.count("1 of 5 clips has no caption") == 1
+    cache.make_cache(settings(world, tmp_path / "cache", rank=1, **changes))
+    assert "no caption" not in capsys.readouterr().err
+
+
 # --- refusals
 
 
@@ -306,15 +374,18 @@ def test_another_autoencoder_or_encoder_is_refused(world: Path, whole: Path, tmp
     save_encoders(tmp_path / "encoders", seed=1)
     alike = {"output": str(whole)}
     for changes, names in (
-        ({"autoencoder": str(tmp_path / "autoencoder")}, "another autoencoder;"),
-        ({"encoders": str(tmp_path / "encoders")}, "another text encoder and another image encoder;"),
-        ({"shard_size": 4}, "another shard_size"),
-        ({"latents": "fp16", "text_len": 8}, "another text_len and another precision of the latents"),
-        ({"seed": 1}, "another seed"),
-        ({"fps": 4.0}, "another sources or clip settings"),
-        ({"data": str(world / "picture.jsonl"), "buckets": [BucketConfig(1, height=64, width=64)]}, "another data"),
+        ({"autoencoder": str(tmp_path / "autoencoder")}, "autoencoder"),
+        ({"encoders": str(tmp_path / "encoders")}, "text encoder and image encoder"),
+        ({"shard_size": 4}, "shard_size"),
+        ({"latents": "fp16", "text_len": 8}, "text_len and precision of the latents"),
+        ({"seed": 1}, "seed"),
+        ({"fps": 4.0}, "sources or clip settings"),
+        (
+            {"data": str(world / "picture.jsonl"), "buckets": [BucketConfig(1, height=64, width=64)]},
+            "data and buckets and sources or clip settings and number of samples",
+        ),
     ):
-        with pytest.raises(UserError, match=f"is a cache made with .*{names}"):
+        with pytest.raises(UserError, match=f"is a cache that differs in its {names}; give what it was made with"):
             cache.make_cache(settings(world, **{**alike, **changes}))
     with pytest.raises(UserError, match="made with another autoencoder than the one that is given"):
         CachedLatents(whole, encoder_fingerprint(other))
@@ -416,13 +487,42 @@ def test_bad_settings_are_refused(world: Path, tmp_path: Path) -> None:
         ({"encoders": "nano"}, "trained with the transformer"),
         ({"rank": 2, "ranks": 2}, "rank is 2; it must be 0 to 1"),
         ({"shard_size": 0}, "shard_size is 0"),
-        ({"data": ""}, "source.path"),
-        ({"buckets": [], "frames": 6}, "1 \\+ 4k"),
+        ({"data": ""}, "^data is ''"),
+        ({"stride": 0}, "^stride is 0"),
+        ({"fps": 0.0}, "^fps is 0.0"),
+        ({"buckets": [], "frames": 6}, "^frames is 6; it must be 1 \\+ 4k"),
+        ({"buckets": [], "width": 100}, "^width is 100; it must be a multiple of 64"),
     ):
         with pytest.raises(UserError, match=message):
             settings(world, tmp_path / "c", **bad)
     with pytest.raises(UserError, match="is a file"):
         cache.make_cache(settings(world, world / "list.jsonl"))
+    with pytest.raises(UserError, match="encoders 'nothere' is no folder; give that of saved encoders"):
+        cache.make_cache(settings(world, tmp_path / "c", encoders="nothere"))
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_folder_of_other_things_is_refused(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    media = tmp_path / "media"
+    shutil.copytree(world, media, ignore=lambda folder, names: [name for name in names if "." not in name])
+    before = content(media)
+    with pytest.raises(UserError, match="media is no cache but holds 0.mp4; give a new or empty folder"):
+        cache.make_cache(settings(world, media, data=str(media)))
+    assert content(media) == before
+    shards.check_place(tmp_path / "none")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / ".cache.tmp-1-ab.json").write_text("")  # another process is about to begin the cache
+    shards.check_place(tmp_path / "begun")
+
+    listed = Path.iterdir
+
+    def while_another_begins(folder: Path) -> Iterator[Path]:
+        for name in ("cache.json", "shard-00000.safetensors"):
+            (folder / name).write_text("")
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", while_another_begins)
+    shards.check_place(tmp_path / "begun")
 
 
 # --- reading it in a training

@@ -264,6 +264,11 @@ def test_wrong_inputs_are_named() -> None:
     for heads in (0, 3):
         with pytest.raises(ValueError, match=f"dim 64 does not divide into {heads} heads"):
             tiny(num_heads=heads)
+    for patch in ((1, 1), (1, 0, 1)):
+        with pytest.raises(ValueError, match=rf"patch_size \({patch[0]}, .*\) given; three sizes over \(t, h, w\)"):
+            tiny(patch_size=patch)
+    with pytest.raises(UserError, match=r"FSDiT cannot be built with .*patch_size \(1, 1\) given"):
+        FSDiT.from_preset("nano", patch_size=(1, 1))
 
 
 def test_one_text_and_one_image_serve_a_batch() -> None:

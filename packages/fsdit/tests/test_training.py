@@ -367,8 +367,11 @@ def test_flags_override_the_file(tmp_path, monkeypatch, capsys) -> None:
         "data: clips\nautoencoder: ae\nflow: {shift: 7.0, std: 2.0}\nloop: {output_dir: out, max_steps: 5}\n"
     )
     assert main(["train", "--config", str(file), "--flow.std", "3.0", "--loop.max_steps", "9"]) == 0
-    assert "saved" in capsys.readouterr().out
-    (got,) = seen
+    assert f"saved {tmp_path / 'x'}" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")  # another process of the run
+    assert main(["train", "--config", str(file)]) == 0
+    assert "saved" not in capsys.readouterr().out
+    got, _ = seen
     assert got.flow == FlowSchedule(shift=7.0, std=3.0)
     assert (got.data, got.autoencoder, got.loop.output_dir, got.loop.max_steps) == ("clips", "ae", "out", 9)
 

@@ -191,6 +191,36 @@ def test_samples_are_written_as_videos_with_their_captions(
         assert len(list((output / "validation").glob("*-samples.png"))) == 2
 
 
+@pytest.mark.parametrize("mixture", [False, True])
+def test_clips_without_captions_are_told_by_one_process(
+    films: Path,
+    parts: Path,
+    cache: Path,
+    tmp_path: Path,
+    mixture: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def told(**changes: Any) -> str:
+        with pytest.raises(Stop):
+            train_transformer(configuration(films, parts, tmp_path / "run", **changes))
+        return capsys.readouterr().err
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    monkeypatch.setattr(training, "_encoders", stop)
+    source = {"buckets": [BucketConfig(5, height=64, width=64)]} if mixture else {}
+    rows = [{"path": str(films / "coffee-up.mp4"), "caption": caption} for caption in ("up", "", " ")]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "2 of 3 clips have no caption" in told(data=str(tmp_path / "list.jsonl"), **source)
+    assert "none of 24 clips has a caption" in told(data=str(films), **source)
+    assert "caption" not in told(**source)
+    assert "caption" not in told(cache=[str(cache)])
+    monkeypatch.setenv("RANK", "1")
+    assert "caption" not in told(data=str(films), **source)
+
+
 def test_single_frames_are_pictures(films: Path, parts: Path, tmp_path: Path) -> None:
     train_transformer(configuration(films, parts, tmp_path, validate_every=2, frames=1))
     (folder,) = (tmp_path / "samples").iterdir()

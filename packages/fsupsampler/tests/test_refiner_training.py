@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from fsae import FSAE
+from fsae.data.video import write_video
 from fsae.errors import UserError
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
@@ -27,7 +29,7 @@ from fsdit.conditioning import (
 )
 from fsdit.data import CachedClips
 from fsdit.flow import FlowSchedule
-from fsupsampler import LatentUpsampler
+from fsupsampler import LatentUpsampler, training
 from fsupsampler.config import MaskConfig, RefinerConfig, RegularizationConfig
 from fsupsampler.data import CachedPairs
 from fsupsampler.refiner import DynamicMask, deviation_latents, refiner_condition
@@ -322,6 +324,20 @@ def test_from_videos_to_a_saved_refiner_and_its_mask(tmp_path: Path, folders: Pa
     mask = DynamicMask.from_pretrained(saved[1]).config
     assert 0 < mask.error_5 < mask.error_95 and (mask.error_5, mask.error_95) != (0.0, 1.0)
     assert list((tmp_path / "run" / "validation").glob("*samples.png"))
+
+
+def test_clips_without_captions_are_told(
+    tmp_path: Path, folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(training, "RefinerTask", stop)
+    (tmp_path / "clips").mkdir()
+    write_video(tmp_path / "clips" / "0.mp4", [np.zeros((128, 128, 3), np.uint8)] * 5, 8)
+    with pytest.raises(InterruptedError):
+        train_refiner(replace(folder_settings(tmp_path, folders), data=str(tmp_path / "clips")))
+    assert "none of 1 clip has a caption" in capsys.readouterr().err
 
 
 def test_wrong_settings_are_sentences(tmp_path: Path, folders: Path) -> None:

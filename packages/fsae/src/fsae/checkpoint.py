@@ -246,6 +246,9 @@ def local_folder(path: str | os.PathLike[str], subfolder: str | None, options: M
 
 def _check_folder(cls: type[StrictModelMixin], folder: Path, variant: str | None) -> None:
     config = read_json(folder / _CONFIG_NAME)
+    kind = config.get("_class_name", cls.__name__)
+    if kind not in [base.__name__ for base in cls.__mro__]:
+        raise CheckpointError(f"{folder} holds a saved {kind}, where {cls.__name__} is read; give the folder of such")
     file, found = folder_shapes(folder, variant)
     if config.get("quantization_config") is not None:
         return

@@ -42,6 +42,7 @@ from fsdit.conditioning import (
     loaded,
     text_encoder_fingerprint,
 )
+from fsdit.data import tell_missing_captions
 from fsdit.preparation import CacheConfig
 from fsdit.prompts import PromptCache
 
@@ -96,14 +97,19 @@ def make_cache(config: CacheConfig) -> CacheReport:
     """Make a process's shards of a cache, those that are not finished.
 
     Raises:
-        UserError: the folder holds another cache or cannot be written; nothing can be read; a part that does not fit.
+        UserError: the folder holds another cache or other things, or cannot be written; nothing can be read; a part
+            that does not fit.
     """
-    check_folder(config.output)
+    folder = Path(config.output)
+    check_folder(folder)
+    shards.check_place(folder)
     device = choose_device(config.device)
-    folder, clips = Path(config.output), BucketedClips(config.clips, config.seed)
+    clips = BucketedClips(config.clips, config.seed)
     places = list_places(clips, config.clips_per_file)
     header = _header(config, clips, places)
     shards.begin(folder, header)
+    if config.rank == 0:
+        tell_missing_captions(clips.entries)
     own = range(config.rank, header.shards, config.ranks)
     for number in own:
         shards.remove_remains(folder, number)

@@ -258,18 +258,20 @@ def load_image_encoder(source: str | Path) -> ImageEncoder:
 
 def text_encoder_fingerprint(source: str | Path) -> str:
     """What decides the text embeddings: the encoder's configuration and weights, and the tokenizer; quickly."""
-    folder = _encoders_folder(source)
+    folder = _encoders_folder(source, or_nano=False)
     return folder_fingerprint(folder / "text_encoder", folder / "tokenizer")
 
 
 def image_encoder_fingerprint(source: str | Path) -> str:
     """What decides the image embeddings; quickly."""
-    return folder_fingerprint(_encoders_folder(source) / "image_encoder")
+    return folder_fingerprint(_encoders_folder(source, or_nano=False) / "image_encoder")
 
 
-def _encoders_folder(source: str | Path) -> Path:
+def _encoders_folder(source: str | Path, or_nano: bool = True) -> Path:
+    """The folder; ``or_nano`` says whether "nano" would have been accepted as well."""
     if not Path(source).is_dir():
-        raise UserError(f'encoders {str(source)!r} is neither "nano" nor a folder; give one of them')
+        what = 'neither "nano" nor a folder; give one of them' if or_nano else "no folder; give that of saved encoders"
+        raise UserError(f"encoders {str(source)!r} is {what}")
     return Path(source)
 
 

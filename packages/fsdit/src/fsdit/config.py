@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fsae.data.settings import SIDE, STRIDE, BucketConfig, ClipsConfig, SourceConfig
+from fsae.data.settings import BucketConfig, ClipsConfig, SourceConfig, require_size
 from fsae.errors import UserError, require
 from fsae.training.config import LoopConfig
 from fsdit.flow import FlowSchedule
@@ -123,10 +123,7 @@ class TransformerConfig(FlowMatchingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.frames >= 1 and self.frames % STRIDE == 1, "frames", self.frames, "1 + 4k")
-        for name in ("height", "width"):
-            side = getattr(self, name)
-            require(side >= SIDE and side % SIDE == 0, name, side, f"a multiple of {SIDE}")
+        require_size(self.frames, self.height, self.width)
         require(self.fps is None or self.fps > 0, "fps", self.fps, "above 0, or null")
         require(self.reader in ("pyav", "decord"), "reader", self.reader, '"pyav" or "decord"')
         if self.cache:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 from fsae import FSAE
 from fsae.data.buckets import Bucket, BucketOrder
+from fsae.data.sources import Entry
 from fsae.errors import CheckpointError, UserError
 from fsdit import shards
 from fsdit.conditioning import resize_for_clip
@@ -35,6 +37,15 @@ from fsdit.conditioning import resize_for_clip
 PathLike = str | os.PathLike[str]
 
 _OPEN_SHARDS = 64
+
+
+def tell_missing_captions(entries: Sequence[Entry]) -> None:
+    """Say on stderr how many clips of the sources have no caption, if any has none."""
+    missing, number = sum(not entry.caption.strip() for entry in entries), len(entries)
+    if missing:
+        clips, have = "clip" if number == 1 else "clips", "has" if missing == 1 else "have"
+        some, none = f"{missing} of {number} {clips} {have} no caption", f"none of {number} {clips} has a caption"
+        print(f"{some if missing < number else none}; 'fsdit caption' writes captions", file=sys.stderr)
 
 
 class LatentClip(TypedDict):

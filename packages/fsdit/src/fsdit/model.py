@@ -239,6 +239,8 @@ class FSDiT(StrictModelMixin):
         super().__init__()
         if num_heads < 1 or dim % num_heads or (dim // num_heads) % 2:
             raise ValueError(f"dim {dim} does not divide into {num_heads} heads of even width")
+        if len(patch_size) != 3 or min(patch_size) < 1:
+            raise ValueError(f"patch_size {patch_size} given; three sizes over (t, h, w) are accepted, each 1 or more")
         in_channels = in_channels or 2 * latent_channels + mask_channels
         out_channels = out_channels or latent_channels
         self.register_to_config(in_channels=in_channels, out_channels=out_channels, patch_size=tuple(patch_size))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fsae.data.settings import BucketConfig, ClipsConfig, SourceConfig
+from fsae.data.settings import BucketConfig, ClipsConfig, SourceConfig, require_size
 from fsae.errors import UserError, require
 
 
@@ -70,11 +70,13 @@ class CacheConfig:
     def __post_init__(self) -> None:
         for name in ("output", "autoencoder", "encoders"):
             require(bool(getattr(self, name)), name, getattr(self, name), "a folder's path")
-        for name in ("clips_per_file", "shard_size", "batch_size", "readers", "ranks"):
+        require(bool(self.data), "data", self.data, "a folder, a list, a tar or a pattern")
+        for name in ("stride", "clips_per_file", "shard_size", "batch_size", "readers", "ranks"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(self.text_len >= 2, "text_len", self.text_len, "2 or more")
         for name in ("memory_gb", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.fps is None or self.fps > 0, "fps", self.fps, "above 0, or null")
         require(self.latents in ("fp16", "fp32"), "latents", self.latents, '"fp16" or "fp32"')
         require(0 <= self.rank < self.ranks, "rank", self.rank, f"0 to {self.ranks - 1} with ranks {self.ranks}")
         if self.encoders == "nano":
@@ -82,6 +84,8 @@ class CacheConfig:
                 'encoders "nano" start with random weights and are trained with the transformer, so that what they '
                 "give cannot be kept; give a folder of trained encoders"
             )
+        if not self.buckets:
+            require_size(self.frames, self.height, self.width)
         assert self.clips  # whose parts check themselves
 
     @property

@@ -139,6 +139,20 @@ def shard_path(folder: Path, number: int) -> Path:
 # --- writing
 
 
+def check_place(folder: Path) -> None:
+    """Refuse a folder that holds other things than a cache; hidden files are not looked at.
+
+    Raises:
+        UserError: it does.
+    """
+    if (folder / _HEADER).exists() or not folder.is_dir():
+        return
+    other = next((path.name for path in sorted(folder.iterdir()) if not path.name.startswith(".")), None)
+    # Another process may have begun the cache in the meantime, of which the header is the first file.
+    if other is not None and not (folder / _HEADER).exists():
+        raise UserError(f"{folder} is no cache but holds {other}; give a new or empty folder for the cache")
+
+
 def begin(folder: Path, header: Header) -> None:
     """Write the header, or hold it against that of the cache that was begun there.
 
@@ -149,8 +163,8 @@ def begin(folder: Path, header: Header) -> None:
         different = read_header(folder).differences(header)
         if different:
             raise UserError(
-                f"{folder} is a cache made with another {' and another '.join(different)}; give what it was made "
-                "with, or another output for a new cache"
+                f"{folder} is a cache that differs in its {' and '.join(different)}; give what it was made with, or "
+                "another output for a new cache"
             )
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from fsae.fingerprint import encoder_fingerprint
 from fsae.training.autoencoder import frame_grid
 from fsae.training.config import OptimizerConfig
 from fsae.training.loop import Task, TrainingResult, train
-from fsae.training.runs import finished, read_samples, save_parts
+from fsae.training.runs import finished, is_main_process, read_samples, save_parts
 from fsdit.conditioning import (
     Context,
     ImageEncoder,
@@ -35,7 +35,7 @@ from fsdit.conditioning import (
     model_input,
 )
 from fsdit.config import FlowMatchingConfig, TransformerConfig
-from fsdit.data import CachedLatents, pad_text
+from fsdit.data import CachedLatents, pad_text, tell_missing_captions
 from fsdit.flow import TIMESTEPS, interpolate, pseudo_huber, velocity
 from fsdit.model import FSDiT
 from fsdit.sampling import denoise
@@ -161,7 +161,7 @@ class FlowMatchingTask(Task):
             truth, video = self._sample(batch, generator)
             results["samples"] = frame_grid([truth, video])
             folder = Path(self.config.loop.output_dir, "samples", f"step-{step:08d}")
-            if not (dist.is_initialized() and dist.get_rank()):
+            if is_main_process():
                 _write_or_tell(folder, video, list(batch["caption"]), self.config.validation_fps)
         return results
 
@@ -292,7 +292,10 @@ def _read_clips(
         return _read_cache(config, outline, autoencoder, dataset, validation)
     if dataset is None:
         _check_clips(config, autoencoder)
-    return _Clips(*read_samples(config, dataset, validation, config.clips))
+    clips = _Clips(*read_samples(config, dataset, validation, config.clips))
+    if dataset is None and is_main_process():
+        tell_missing_captions(clips.samples.entries)
+    return clips
 
 
 def _check_clips(config: TransformerConfig, autoencoder: FSAE | None) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import fsupsampler
-from fsae.commandline import INTERRUPTED, Command, read_settings, run
+from fsae.commandline import Command, read_settings, run
 
 COMMANDS = (Command("train", "train the latent upsampler or the refiner", "fsupsampler.cli:train"),)
 TRAIN_COMMANDS = (
@@ -34,9 +31,10 @@ def train_upsampler(argv: list[str]) -> int:
     description = "Train LatentUpsampler; the result is OUTPUT_DIR/upsampler."
     config = read_settings("fsupsampler train upsampler", description, UpsamplerConfig, argv)
 
+    from fsae.training.runs import tell_saved
     from fsupsampler.training import train_upsampler as run_training
 
-    return _said(run_training(config))
+    return tell_saved(run_training(config))
 
 
 def train_refiner(argv: list[str]) -> int:
@@ -47,13 +45,7 @@ def train_refiner(argv: list[str]) -> int:
     # The encoders are the base model's and never trained, which leaves that option nothing to say.
     config = read_settings("fsupsampler train refiner", description, RefinerConfig, argv, without=["train_encoders"])
 
+    from fsae.training.runs import tell_saved
     from fsupsampler.training import train_refiner as run_training
 
-    return _said(run_training(config))
-
-
-def _said(folders: Sequence[Path]) -> int:
-    """Tell where the results are; the exit code: that of an interrupt if there are none."""
-    for folder in folders:
-        print(f"saved {folder}")
-    return 0 if folders else INTERRUPTED
+    return tell_saved(run_training(config))

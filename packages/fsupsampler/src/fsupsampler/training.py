@@ -18,8 +18,9 @@ from fsae.losses.perceptual import PerceptualLoss
 from fsae.losses.reconstruction import l1_loss
 from fsae.training.autoencoder import frame_grid
 from fsae.training.loop import Task, train
-from fsae.training.runs import finished, read_samples, save_parts
+from fsae.training.runs import finished, is_main_process, read_samples, save_parts
 from fsdit.conditioning import Condition, ImageEncoder, TextEncoder, first_frame_condition, load_encoders
+from fsdit.data import tell_missing_captions
 from fsdit.model import FSDiT
 from fsdit.training import FlowMatchingTask
 from fsupsampler.config import RefinerConfig, UpsamplerConfig, UpsamplerLoss
@@ -244,6 +245,8 @@ def train_refiner(config: RefinerConfig, dataset: Any = None, validation: Any = 
     upsampler = LatentUpsampler.from_pretrained(config.upsampler).requires_grad_(False)
     base = None if config.base is None else FSDiT.from_pretrained(config.base).requires_grad_(False)
     clips, held_out, batch = read_samples(config, dataset, validation)
+    if dataset is None and is_main_process():
+        tell_missing_captions(clips.entries)
     task = RefinerTask(refiner, text_encoder, image_encoder, upsampler, config, autoencoder, base, batch)
     result = train(task, clips, config.loop)
     if not finished(result, config.loop.max_steps, clips, held_out):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fsae.commandline import INTERRUPTED, read_settings
+from fsae.commandline import read_settings
 
 
 def main(argv: list[str]) -> int:
@@ -12,9 +12,7 @@ def main(argv: list[str]) -> int:
     config = read_settings("fsae train", "Train FSAE; the result is OUTPUT_DIR/autoencoder.", AutoencoderConfig, argv)
 
     from fsae.training.autoencoder import train_autoencoder
+    from fsae.training.runs import tell_saved
 
     folder = train_autoencoder(config)
-    if folder is None:
-        return INTERRUPTED
-    print(f"saved {folder}")
-    return 0
+    return tell_saved([] if folder is None else [folder])

@@ -140,7 +140,7 @@ class BucketedClips(ClipDataset):
             source.weight if numbers else 0.0 for source, numbers in zip(self.config.sources, fitting, strict=True)
         ]
         if not any(weights):
-            raise UserError(self._too_short(config.frames))
+            raise UserError(self._none_fits(config.frames))
         share = config.weight / sum(bucket.weight for bucket in self.config.buckets)
         members: dict[tuple[int, int], list[tuple[float, list[int]]]] = {size: [] for size in sizes}
         for weight, numbers in zip(weights, fitting, strict=True):
@@ -158,8 +158,15 @@ class BucketedClips(ClipDataset):
                 first += len(buckets[-1])
         return buckets
 
+    def _none_fits(self, frames: int) -> str:
+        """The sentence about a bucket that no file is long enough for, and about those that cannot be read."""
+        broken = [info for info in self.infos if isinstance(info, str)]
+        if len(broken) == len(self.infos):
+            return f"none of the sources' {len(broken)} file(s) can be read; the first: {broken[0]}"
+        too_short = self._too_short(frames)
+        return f"{too_short}; {len(broken)} file(s) cannot be read, the first: {broken[0]}" if broken else too_short
+
     def _too_short(self, frames: int) -> str:
-        """The sentence about a bucket that no file is long enough for."""
         shortest, fps = self.config.stride * (frames - 1) + 1, self.config.fps
         if fps is None:
             return (
@@ -173,13 +180,13 @@ class BucketedClips(ClipDataset):
 
     def _info(self, number: int) -> VideoInfo:
         info = self.infos[number]
-        assert info is not None, "only files that could be probed are sorted"
+        assert isinstance(info, VideoInfo), "only files that could be probed are sorted"
         return info
 
     def _fits(self, number: int, frames: int) -> bool:
         info, media = self.infos[number], self.entries[number].media
-        if info is None or media.is_image:
-            return info is not None and frames == 1
+        if isinstance(info, str) or media.is_image:
+            return isinstance(info, VideoInfo) and frames == 1
         try:
             check_length(media, info, frames, self.config.fps, self.config.stride)
         except UserError:
@@ -203,8 +210,8 @@ def nearest_size(info: VideoInfo, sizes: Sequence[tuple[int, int]]) -> tuple[int
     return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))
 
 
-def _probe_all(media: Iterable[Media]) -> list[VideoInfo | None]:
-    """Length and size of each file; None of those that cannot be read."""
+def _probe_all(media: Iterable[Media]) -> list[VideoInfo | str]:
+    """Length and size of each file; of those that cannot be read, why."""
     files = [one.file for one in media]
     distinct = list(dict.fromkeys(files))
     with ThreadPoolExecutor(_PROBING_THREADS) as pool:
@@ -213,13 +220,13 @@ def _probe_all(media: Iterable[Media]) -> list[VideoInfo | None]:
     return [known[file] for file in files]
 
 
-def _probe(media: Media) -> VideoInfo | None:
+def _probe(media: Media) -> VideoInfo | str:
     try:
         if media.is_image:
             return VideoInfo(1, *image_size(media), fps=1.0)
         return probe(media, count=False)
-    except UserError:
-        return None
+    except UserError as error:
+        return str(error)
 
 
 # --- the order

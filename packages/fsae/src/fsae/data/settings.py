@@ -21,6 +21,13 @@ SIDE = 64  # the autoencoder's spatial compression: sides of clips are multiples
 STRIDE = 4  # its temporal compression: clips have 1 + 4k frames
 
 
+def require_size(frames: int, height: int, width: int) -> None:
+    """Refuse the options of these names if the autoencoder takes no clip of this length and size."""
+    require(frames >= 1 and frames % STRIDE == 1, "frames", frames, "1 + 4k")
+    for name, side in (("height", height), ("width", width)):
+        require(side >= SIDE and side % SIDE == 0, name, side, f"a multiple of {SIDE}")
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """Where clips come from.

@@ -223,7 +223,7 @@ def check_settings(folder: Path, stored: Mapping[str, Any], current: Mapping[str
     old, new = _flat(stored), _flat(json.loads(json.dumps(current)))
     changed = sorted(k for k in old.keys() | new.keys() if old.get(k, _ABSENT) != new.get(k, _ABSENT))
     if changed:
-        listed = "; ".join(f"{k} was {old.get(k, _ABSENT)}, is now {new.get(k, _ABSENT)}" for k in changed[:5])
+        listed = "; ".join(_change(k, old.get(k, _ABSENT), new.get(k, _ABSENT)) for k in changed[:5])
         more = f" (and {len(changed) - 5} more)" if len(changed) > 5 else ""
         raise UserError(
             f"{folder} was made under other settings: {listed}{more}; "
@@ -232,6 +232,16 @@ def check_settings(folder: Path, stored: Mapping[str, Any], current: Mapping[str
 
 
 _ABSENT = "absent"
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+def _change(name: str, old: object, new: object) -> str:
+    """How a setting differs, in words; those that are hashes say nothing to a reader."""
+    hashed = [isinstance(value, str) and _HASH.fullmatch(value) is not None for value in (old, new)]
+    if all(hashed):
+        return f"another {name.rpartition('.')[2].replace('_', ' ')}"
+    was, now = ("given" if h else value for h, value in zip(hashed, (old, new), strict=True))
+    return f"{name} was {was}, is now {now}"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

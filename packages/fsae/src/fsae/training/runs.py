@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.utils.data import default_collate
 
+from fsae.commandline import INTERRUPTED
 from fsae.data.buckets import BucketedClips
 from fsae.data.datasets import ClipDataset, VideoFolder
 from fsae.data.settings import ClipsConfig
@@ -83,7 +85,8 @@ def finished(result: TrainingResult, max_steps: int, *sources: Any) -> bool:
         if isinstance(source, ClipDataset) and source.skipped:
             print(source.summary(), file=sys.stderr)
     if result.stopped == "signal":
-        print(f"stopped at step {result.step} of {max_steps}; run again to go on", file=sys.stderr)
+        if result.is_main_process:
+            print(f"stopped at step {result.step} of {max_steps}; run again to go on", file=sys.stderr)
         return False
     return True
 
@@ -111,3 +114,16 @@ def save_parts(result: TrainingResult, parts: Mapping[str, Any]) -> list[Path]:
                     f"cannot write {folder} ({error}); the run's last checkpoint is whole: make room, and run again"
                 ) from error
     return folders
+
+
+def tell_saved(folders: Sequence[Path]) -> int:
+    """Say, once for all processes, where the results are; the exit code: that of an interrupt if there are none."""
+    if is_main_process():
+        for folder in folders:
+            print(f"saved {folder}")
+    return 0 if folders else INTERRUPTED
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for those of its run; before they have met, as their launcher numbers them."""
+    return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))) == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fsae.commandline import INTERRUPTED, read_settings
+from fsae.commandline import read_settings
 
 
 def main(argv: list[str]) -> int:
@@ -12,9 +12,7 @@ def main(argv: list[str]) -> int:
     description = "Train FSDiT; the result is OUTPUT_DIR/transformer, with the trained encoders beside it."
     config = read_settings("fsdit train", description, TransformerConfig, argv)
 
+    from fsae.training.runs import tell_saved
     from fsdit.training import train_transformer
 
-    folders = train_transformer(config)
-    for folder in folders:
-        print(f"saved {folder}")
-    return 0 if folders else INTERRUPTED
+    return tell_saved(train_transformer(config))
