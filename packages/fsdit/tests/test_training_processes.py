@@ -80,6 +80,7 @@ def everything(folder: Path) -> dict[str, Tensor]:
 def test_a_killed_run_ends_as_an_uninterrupted_one(
     films: Path, parts: Path, cache: Path, tmp_path: Path, source: str
 ) -> None:
+    torch.set_num_threads(1)  # here as in the child: bit for bit holds for one number of threads
     arguments = [films, parts, tmp_path / "killed", *([cache] if source == "cache" else [])]
     child = subprocess.run([sys.executable, __file__, "killed", *arguments], capture_output=True, text=True)
     assert child.returncode == -signal.SIGKILL, child.stderr
@@ -165,6 +166,7 @@ def test_two_processes_with_half_the_weights_each_equal_one(
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     films_, parts_, output_, *cache_ = map(Path, sys.argv[2:])
     if sys.argv[1] == "killed":
         killed(films_, parts_, output_, cache_[0] if cache_ else None)
