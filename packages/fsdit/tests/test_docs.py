@@ -122,7 +122,7 @@ def test_the_stages_run(films: Path, tmp_path: Path, autoencoder: FSAE, monkeypa
     for command in typed:
         small = ["--frames", "5", "--height", "64", "--width", "64"]
         if command[0] == "train":
-            command[2] = str(PACKAGE.parents[1] / command[2])
+            command[2] = str(PACKAGE / Path(command[2]).relative_to("packages/fsdit"))
             small += [*TRAINING, *VALIDATION, "--loop.batch_size", "1"]
         small += [] if "sft" in command[2] or "images" in command[2] else ["--fps", "24"]
         small += ["--buckets", "[{frames: 5, area: 4096}]"] if "512" in command[2] else []
