@@ -116,6 +116,7 @@ def random_alexnet() -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.slow
 def test_the_transformer_is_timed_against_the_same_weights(tmp_path: Path) -> None:
     bench = tool("bench", "transformer")
     size = ["--dim", "64", "--layers", "2", "--grid", "2", "4", "4", "--rounds", "1"]
@@ -129,6 +130,7 @@ def test_the_transformer_is_timed_against_the_same_weights(tmp_path: Path) -> No
     assert run["relative_difference"] < 1e-4 and run["memory_to_diffusers"] > 0
 
 
+@pytest.mark.slow
 def test_layer_memory_is_tried_against_its_control(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

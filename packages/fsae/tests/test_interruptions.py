@@ -147,6 +147,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]
     return everything(folder, processes=1)
 
 
+@pytest.mark.slow
 def test_killed_at_30_of_50_steps(
     tmp_path: Path, uninterrupted: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,6 +112,7 @@ def killed(folder: Path, when: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_killed_in_a_step(tmp_path: Path, uninterrupted: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = killed(tmp_path / "killed", "in a step")
     assert [checkpointing.checkpoint_step(c) for c in checkpoints(folder)] == [2, 4]
@@ -126,6 +127,7 @@ def test_killed_in_a_step(tmp_path: Path, uninterrupted: dict[str, Tensor], monk
     assert {"autoencoder.safetensors", "ema.safetensors", "optimizer.safetensors"} <= {n.split("/")[0] for n in names}
 
 
+@pytest.mark.slow
 def test_killed_in_a_checkpoint(tmp_path: Path, uninterrupted: dict[str, Tensor]) -> None:
     folder = killed(tmp_path, "in a checkpoint")
     assert {path.name for path in folder.iterdir()} == {"checkpoint-00000002", ".checkpoint-00000004.partial"}

@@ -34,6 +34,7 @@ def commands(block: str) -> list[list[str]]:
     return [line[1:] for line in lines]
 
 
+@pytest.mark.slow
 def test_the_program_runs() -> None:
     check = "\nassert latents.shape == (1, 128, 5, 2, 2) and video.shape == (1, 3, 17, 128, 128)\n"
     subprocess.run([sys.executable, "-c", blocks("python")[0] + check], check=True)

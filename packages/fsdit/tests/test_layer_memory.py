@@ -303,6 +303,7 @@ def graphs(layers: int) -> list[int]:
     return [*counts, counter.frame_count - counts[0]]
 
 
+@pytest.mark.slow
 def test_compiled_it_is_the_same_and_depth_adds_no_graphs() -> None:
     # The first block's H and Ĥ are one tensor, so it has a graph of its own.
     assert graphs(3) == graphs(6) == [2, 2]

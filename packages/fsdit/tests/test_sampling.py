@@ -239,6 +239,7 @@ def test_the_host_never_waits_for_the_device(solver: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.slow
 def test_the_whole_loop_compiles() -> None:
     torch._dynamo.reset()
     model, both = transformer(), conditions()
