@@ -97,7 +97,7 @@ def test_every_draw_of_a_damaged_video_is_a_clip_of_whole_frames(
     step = 1 if fps is None else int(RATE / fps)
     seen = set()
     for draw in np.linspace(0, 0.999, 13):
-        clip = draw_clip(Media(path), probe(path), float(draw), 5, fps)
+        clip, _ = draw_clip(Media(path), probe(path), float(draw), 5, fps)
         matches = [
             i for i in range(COUNT - 4 * step) if np.array_equal(clip, frames[i : i + 4 * step + 1 : step].numpy())
         ]
@@ -117,7 +117,7 @@ def test_a_truncated_file_is_used_as_far_as_it_goes(whole: Path, tmp_path: Path)
     assert probe(path).frames == COUNT  # the index promises what is gone
     assert 10 < len(frame_times(path)) < COUNT
     for draw in (0.0, 0.4, 0.7, 0.999):
-        clip = draw_clip(Media(path), probe(path), draw, 5)
+        clip, _ = draw_clip(Media(path), probe(path), draw, 5)
         assert any(np.array_equal(clip, frames[i : i + 5].numpy()) for i in range(COUNT - 4))
     (tmp_path / "no_index.mp4").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])  # its index was at the end
     with pytest.raises(UserError, match="cannot be decoded"):

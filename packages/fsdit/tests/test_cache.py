@@ -33,8 +33,8 @@ from fsae.fingerprint import encoder_fingerprint
 from fsae.training.order import EpochItems, MicroBatches, order_of
 from fsdit import cache, shards
 from fsdit.cli import main
-from fsdit.conditioning import load_encoders, nano_tokenizer
-from fsdit.data import CachedLatents, pad_text, tell_missing_captions
+from fsdit.conditioning import load_encoders, nano_tokenizer, pad_text
+from fsdit.data import CachedLatents, tell_missing_captions
 from fsdit.preparation import CacheConfig
 
 TINY_FSAE: dict[str, Any] = {

@@ -328,6 +328,8 @@ def test_tables_made_while_sampling_serve_in_training() -> None:
     with torch.inference_mode():
         model(**inputs(model))
     model(**inputs(model)).sum().backward()
+    shown = inputs(model)["hidden_states"]
+    assert model.rotary(shown).cosine is model.rotary(shown).cosine  # whoever holds them holds those in use
 
 
 def test_attention_back_end_can_be_chosen() -> None:

@@ -205,7 +205,8 @@ def test_kept_keys_and_values_change_nothing(batch: int) -> None:
     assert len(made) == len(model.blocks)  # once in all four steps
     again = denoise(plainly, noise()[:batch], condition, context, **options)
     assert len(made) == len(model.blocks) * 5
-    assert (kept - again).abs().max() < 1e-6
+    # Four steps in fp32 of values up to 3: other matrix shapes, other roundings.
+    assert (kept - again).abs().max() < 1e-5
 
 
 def test_a_cache_follows_its_prompt_and_its_model_and_carries_no_gradients() -> None:

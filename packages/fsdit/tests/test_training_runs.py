@@ -25,8 +25,9 @@ from fsae.errors import UserError
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsdit import FSDiT, training
 from fsdit.cache import make_cache
+from fsdit.conditioning import pad_text
 from fsdit.config import TransformerConfig
-from fsdit.data import CachedLatents, pad_text
+from fsdit.data import CachedLatents
 from fsdit.flow import FlowSchedule
 from fsdit.preparation import CacheConfig
 from fsdit.training import FlowMatchingTask, train_transformer

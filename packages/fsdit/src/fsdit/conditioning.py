@@ -90,6 +90,11 @@ class TextEncoding:
     dropped: tuple[int, ...]
 
 
+def pad_text(rows: Sequence[Tensor], text_len: int) -> Tensor:
+    """Used rows ``L D`` of B prompts -> ``B text_len D``, zeros behind them."""
+    return torch.stack([F.pad(text, (0, 0, 0, text_len - len(text))) for text in rows])
+
+
 class TextEncoder(nn.Module):
     """Prompts to text embeddings by a transformers encoder (UMT5).
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -32,7 +31,7 @@ from fsae.data.buckets import Bucket, BucketOrder
 from fsae.data.sources import Entry
 from fsae.errors import CheckpointError, UserError
 from fsdit import shards
-from fsdit.conditioning import resize_for_clip
+from fsdit.conditioning import pad_text, resize_for_clip
 
 PathLike = str | os.PathLike[str]
 
@@ -296,8 +295,3 @@ class CachedLatents(Dataset[CachedSample]):
                 self._open.popitem(last=False)
         self._open.move_to_end(place)
         return self._open[place]
-
-
-def pad_text(rows: Sequence[Tensor], text_len: int) -> Tensor:
-    """Used rows ``L D`` of B prompts -> ``B text_len D``, zeros behind them, as `TextEncoder` gives it."""
-    return torch.stack([F.pad(text, (0, 0, 0, text_len - len(text))) for text in rows])

@@ -344,8 +344,7 @@ class FSDiT(StrictModelMixin):
         if cache is not None and torch.is_grad_enabled():
             raise ValueError("a context cache carries no gradients; call the model under torch.no_grad()")
         grid = self._token_grid(hidden_states)
-        head_dim = self.config.dim // self.config.num_heads
-        rotary = rotary_tables(grid, head_dim, self.config.rope_theta, hidden_states.device)
+        rotary = self.rotary(hidden_states)
         dtype = self.patch_embedding.weight.dtype
         x = self.patch_embedding(hidden_states.to(dtype)).flatten(2).transpose(1, 2).contiguous()
 
@@ -405,6 +404,11 @@ class FSDiT(StrictModelMixin):
         for index, block in enumerate(self.blocks):
             block(time, context(index), rotary, states[: index + 1], states[index + 1])
         return states[-1]
+
+    def rotary(self, hidden_states: Tensor) -> Rotary:
+        """The positions of the tokens of latents ``B C t h w``; the last few sizes' tables are shared by all calls."""
+        head_dim = self.config.dim // self.config.num_heads
+        return rotary_tables(self._token_grid(hidden_states), head_dim, self.config.rope_theta, hidden_states.device)
 
     def _token_grid(self, hidden_states: Tensor) -> tuple[int, int, int]:
         t, h, w = (size // patch for size, patch in zip(hidden_states.shape[2:], self.config.patch_size, strict=True))

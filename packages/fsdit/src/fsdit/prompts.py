@@ -23,7 +23,7 @@ from tqdm import tqdm
 from fsae.errors import UserError
 from fsae.files import atomic_path
 from fsae.fingerprint import tensor_fingerprint
-from fsdit.conditioning import TextEncoder, TextEncoding, clean_prompt, loaded
+from fsdit.conditioning import TextEncoder, TextEncoding, clean_prompt, loaded, pad_text
 
 
 class PromptRows(NamedTuple):
@@ -95,9 +95,9 @@ class PromptCache:
         """The embeddings ``B text_len D`` of B prompts on the CPU, as the encoder gives them; arguments as `fill`."""
         self.fill(prompts, load, device)
         entries = [self.require(prompt) for prompt in prompts]
-        padded = [torch.nn.functional.pad(rows, (0, 0, 0, self.text_len - len(rows))) for rows, _ in entries]
+        embeddings = pad_text([entry.rows for entry in entries], self.text_len)
         lengths = tuple(len(entry.rows) for entry in entries)
-        return TextEncoding(torch.stack(padded), lengths, tuple(entry.dropped for entry in entries))
+        return TextEncoding(embeddings, lengths, tuple(entry.dropped for entry in entries))
 
     def require(self, prompt: str) -> PromptRows:
         """The entry.

@@ -169,6 +169,8 @@ class CapturedDenoise:
         with torch.cuda.stream(side):  # what runs a first time allocates, compiles and fills tables: not in the graph
             denoise(model, *self._inputs, **{**options, "steps": 2})
         torch.cuda.current_stream().wait_stream(side)
+        # The graph reads these tables where they are, also when no other call has needed them for long.
+        self._tables = model.rotary(noise) if isinstance(model, FSDiT) else None
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._latents = denoise(model, *self._inputs, **options)

@@ -33,9 +33,10 @@ from fsdit.conditioning import (
     first_frame_condition,
     load_encoders,
     model_input,
+    pad_text,
 )
 from fsdit.config import FlowMatchingConfig, TransformerConfig
-from fsdit.data import CachedLatents, pad_text, tell_missing_captions
+from fsdit.data import CachedLatents, tell_missing_captions
 from fsdit.flow import TIMESTEPS, interpolate, pseudo_huber, velocity
 from fsdit.model import FSDiT
 from fsdit.sampling import denoise

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from fsae.data.datasets import ClipDataset
 from fsae.data.image import cover, image_size, load_image
 from fsae.data.media import Media
-from fsae.data.readers import check_length, check_reader, draw_timed_clip
+from fsae.data.readers import check_length, check_reader, draw_clip
 from fsae.data.settings import BucketConfig, ClipsConfig
 from fsae.data.sources import Entry, read_source
 from fsae.data.video import VideoInfo, probe
@@ -120,7 +120,7 @@ class BucketedClips(ClipDataset):
         if media.is_image:
             return cover(load_image(media), bucket.size)[None], (0.0, 0.0)
         draw = np.random.default_rng([self.seed, index, epoch]).random()
-        pixels, times = draw_timed_clip(
+        pixels, times = draw_clip(
             media,
             self._info(self._items[index]),
             draw,

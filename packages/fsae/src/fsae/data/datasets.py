@@ -159,7 +159,7 @@ class VideoFolder(ClipDataset):
         if media.file not in self._probed:
             self._probed[media.file] = probe(media.file, count=False)
         draw = np.random.default_rng([self.seed, index, epoch]).random()
-        return draw_clip(
+        pixels, _ = draw_clip(
             media,
             self._probed[media.file],
             draw,
@@ -169,3 +169,4 @@ class VideoFolder(ClipDataset):
             size=self.size,
             reader=self.reader,
         )
+        return pixels

@@ -104,7 +104,7 @@ def read_clip(
     return stack([pictures[shown.begin] for shown in chosen], media), [float(shown.begin) for shown in chosen]
 
 
-def draw_timed_clip(
+def draw_clip(
     media: Media,
     info: VideoInfo,
     draw: float,
@@ -149,22 +149,8 @@ def draw_timed_clip(
         return read_clip(media, frames, start, *settings)
 
 
-def draw_clip(
-    media: Media,
-    info: VideoInfo,
-    draw: float,
-    frames: int,
-    fps: float | None = None,
-    stride: int = 1,
-    size: tuple[int, int] | None = None,
-    reader: str = "pyav",
-) -> NDArray[np.uint8]:
-    """The pictures of ``draw_timed_clip``, uint8 ``T H W 3``."""
-    return draw_timed_clip(media, info, draw, frames, fps, stride, size, reader)[0]
-
-
 def check_length(media: Media, info: VideoInfo, frames: int, fps: float | None, stride: int) -> tuple[int, float]:
-    """Whether a clip, as for ``draw_timed_clip``, fits in what ``info`` promises.
+    """Whether a clip, as for ``draw_clip``, fits in what ``info`` promises.
 
     Returns:
         The frames of the file or its span; the seconds by which a clip of ``fps`` can be moved in it (0 without).
