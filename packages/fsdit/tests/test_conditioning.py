@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +19,7 @@ from fsdit.conditioning import (
     clean_prompt,
     first_frame_condition,
     load_encoders,
+    load_text_encoder,
     model_input,
     nano_image_encoder,
     nano_text_encoder,
@@ -146,3 +152,55 @@ def test_saved_in_pipeline_layout_and_loaded(tmp_path, text: TextEncoder, image:
         load_encoders(tmp_path / "absent", 32)
     with pytest.raises(CheckpointError, match="holds a 'clip_vision_model' model, where 'umt5' is read"):
         load_encoder(UMT5EncoderModel, tmp_path / "image_encoder")  # before it is built: its size would be UMT5's own
+
+
+# --- a folder is data, never a program
+
+
+@pytest.fixture
+def encoders(tmp_path: Path, text: TextEncoder, image: ImageEncoder) -> Path:
+    text.model.save_pretrained(tmp_path / "text_encoder")
+    text.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    image.model.save_pretrained(tmp_path / "image_encoder")
+    return tmp_path
+
+
+def edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_the_code_in_a_tokenizers_folder_is_never_run(encoders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proof = encoders / "it-ran"
+    (encoders / "tokenizer" / "own.py").write_text(
+        f"open({str(proof)!r}, 'w').close()\nfrom transformers import ByT5Tokenizer\n\n\n"
+        "class Own(ByT5Tokenizer):\n    pass\n"
+    )
+    edit(encoders / "tokenizer" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]})
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers asks at a terminal
+    with pytest.raises(UserError, match=r"names code of its own, auto_map .*own\.Own.* accepted are .*ByT5Tokenizer"):
+        load_text_encoder(encoders, 32)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("name", ["Own", "BertTokenizer", "", 3, None])
+def test_a_tokenizer_of_another_class_is_refused(name: object, encoders: Path) -> None:
+    edit(encoders / "tokenizer" / "tokenizer_config.json", tokenizer_class=name)
+    with pytest.raises(UserError, match=re.escape(f"names the tokenizer {name!r}; accepted are") + ".*T5Tokenizer"):
+        load_text_encoder(encoders, 32)
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
+def test_attention_that_would_be_downloaded_is_refused(key: str, encoders: Path) -> None:
+    config = encoders / "text_encoder" / "config.json"
+    repository = "someone/attention:forward"
+    for value in (repository, "someone/attention", "paged|someone/attention", {"": "sdpa", "encoder": repository}):
+        edit(config, **{key: value})
+        with pytest.raises(UserError, match="names the attention '.*someone/attention.*'; accepted are eager, sdpa"):
+            load_text_encoder(encoders, 32)
+    edit(config, **{key: None}, part={"of_it": {key: repository}})
+    with pytest.raises(UserError, match="someone/attention"):
+        load_text_encoder(encoders, 32)
+    edit(config, part=None)
+    for value in ("eager", {"": "eager"}):
+        edit(config, **{key: value})
+        assert load_text_encoder(encoders, 32).model.config._attn_implementation == "eager"

@@ -1,14 +1,15 @@
 """Encoders and tokenizers of transformers, loaded strictly: a file that is missing, cut short or foreign is an error
 that names it.
 
-transformers itself would replace missing tensors by random ones and go on. Classes are never imported because a file
-names them.
+transformers itself would replace missing tensors by random ones and go on, import a tokenizer that a folder brings
+along, and download the attention that a configuration names. Here a folder is data: what it names is looked up in the
+lists below, and nothing of it is run.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,20 @@ from fsae.fingerprint import weights_fingerprint
 # Of a configuration, what says where and by what it was written.
 _FLEETING = ("_name_or_path", "transformers_version")
 
+# Bytes (nano), UMT5's, Qwen2.5-VL's, and those that are described by their tokenizer.json alone.
+TOKENIZERS = (
+    "ByT5Tokenizer",
+    "T5Tokenizer",
+    "T5TokenizerFast",
+    "Qwen2Tokenizer",
+    "Qwen2TokenizerFast",
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+)
+# What runs from the installed packages; any other name can be a repository's, whose code would be fetched.
+ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+_ATTENTION_KEYS = ("_attn_implementation", "attn_implementation")
+
 
 def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Any:
     """A transformers model, every tensor of it from the files.
@@ -35,12 +50,19 @@ def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None, varia
         variant: of the files' names, such as "fp16".
 
     Raises:
-        CheckpointError: config or weights are missing or cut short, the config is of another model, or a key is
-            missing, unknown or misshapen.
+        CheckpointError: config or weights are missing or cut short, the config is of another model or names attention
+            that is not in `ATTENTION`, or a key is missing, unknown or misshapen.
     """
-    kind, wanted = read_json(folder / "config.json").get("model_type"), cls.config_class.model_type
+    config = read_json(folder / "config.json")
+    kind, wanted = config.get("model_type"), cls.config_class.model_type
     if kind not in (None, wanted):  # transformers would build the model anyhow, at its own full size
         raise CheckpointError(f"{folder} holds a {kind!r} model, where {wanted!r} is read; give the folder of that one")
+    for name in _named_attention(config):
+        if name not in ATTENTION:
+            raise CheckpointError(
+                f"{folder / 'config.json'} names the attention {name!r}; accepted are {', '.join(ATTENTION)}: "
+                "put one of them there, or take the name out"
+            )
     for file in _weight_files(folder, variant):
         tensor_shapes(file)
     try:
@@ -69,28 +91,29 @@ def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None, varia
 
 
 def load_tokenizer(folder: Path, class_name: str | None = None) -> Any:
-    """A transformers tokenizer.
+    """A transformers tokenizer; code that lies in the folder is never run.
 
     Args:
         folder: where ``save_pretrained`` put it.
-        class_name: of the class; None leaves the choice to transformers.
+        class_name: of the class, as a pipeline's index names it; None leaves the choice to transformers.
 
     Raises:
-        CheckpointError: transformers has no tokenizer of that name, or its files are missing or damaged.
+        CheckpointError: its class is not in `TOKENIZERS` or its own code, or its files are missing or damaged.
     """
     import transformers
 
-    cls: Any = transformers.AutoTokenizer
     if class_name is not None:
-        cls = getattr(transformers, class_name, None)
-        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedTokenizerBase)):
-            raise CheckpointError(
-                f"{folder.parent} names the tokenizer {class_name!r}, which transformers does not have; "
-                "give a model whose tokenizer it has"
-            )
-    read_json(folder / "tokenizer_config.json")
+        _check_tokenizer(class_name, folder.parent)
+    config = read_json(folder / "tokenizer_config.json")
+    if "auto_map" in config:
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'} names code of its own, auto_map {config['auto_map']!r}, which is never "
+            f"run; accepted are the tokenizers {', '.join(TOKENIZERS)}: give a model with one of them"
+        )
+    _check_tokenizer(config.get("tokenizer_class"), folder / "tokenizer_config.json")
+    cls = transformers.AutoTokenizer if class_name is None else getattr(transformers, class_name)
     try:
-        return cls.from_pretrained(folder, local_files_only=True)
+        return cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # Each tokenizer meets missing and broken vocabularies with exceptions of its own.
     except Exception as error:
         raise CheckpointError(
@@ -125,6 +148,22 @@ def folder_fingerprint(folder: Path, *others: Path) -> str:
             digest.update(f"{path.relative_to(other).as_posix()} {len(content)} ".encode())
             digest.update(content)
     return digest.hexdigest()
+
+
+def _check_tokenizer(name: object, source: Path) -> None:
+    if name not in TOKENIZERS:
+        raise CheckpointError(
+            f"{source} names the tokenizer {name!r}; accepted are {', '.join(TOKENIZERS)}: give a model with one of them"
+        )
+
+
+def _named_attention(config: Mapping[str, Any]) -> Iterator[object]:
+    """The attention that a configuration or one within it names, for all of the model or by its parts."""
+    for key, value in config.items():
+        if key in _ATTENTION_KEYS:
+            yield from value.values() if isinstance(value, Mapping) else [value] * (value is not None)
+        elif isinstance(value, Mapping):
+            yield from _named_attention(value)
 
 
 @contextmanager
