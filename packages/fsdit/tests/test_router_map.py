@@ -111,6 +111,17 @@ def test_figures_are_those_of_brute_force() -> None:
     assert (found.maximum >= found.mean)[np.tril_indices(3, 1, 4)].all()
 
 
+def test_stills_are_seen_without_their_picture_as_in_training() -> None:
+    def mapped(frames: int, sign: float) -> np.ndarray:
+        ((latents, context),) = batches(1)
+        assert context.image is not None
+        clips = [(latents[:, :, :frames], Context(context.text, sign * context.image))]
+        return map_routers(model(), clips, FlowSchedule(), 1, torch.Generator().manual_seed(0)).mean
+
+    assert np.array_equal(mapped(1, 1.0), mapped(1, -1.0), equal_nan=True)
+    assert not np.allclose(mapped(3, 1.0), mapped(3, -1.0), rtol=1e-3, equal_nan=True)
+
+
 @pytest.mark.parametrize("bias", [1.0, 7.0])
 def test_fresh_routers_choose_the_newest_state_alike_at_every_depth(bias: float) -> None:
     found = map_routers(model(False, memory_bias=bias), batches(1), FlowSchedule(), 2, torch.Generator())

@@ -157,6 +157,24 @@ def test_loss_is_flow_matching_of_the_high_latents_on_the_drafts_condition(tmp_p
     assert noise.std().item() == pytest.approx(1.0, abs=0.15)
 
 
+@pytest.mark.parametrize("training_mode", [True, False])
+def test_a_still_is_shown_nothing_of_itself(tmp_path: Path, training_mode: bool) -> None:
+    base = transformer(seed=3).eval().requires_grad_(False)
+    oracle, task = oracle_task(tmp_path, base=base, regularization=RegularizationConfig())
+    images: list[Tensor] = []
+    oracle.register_forward_pre_hook(lambda _, given: images.append(given[3]))
+    data = batch()
+    still = {**data, "low": data["low"][:, :, :1], "high": data["high"][:, :, :1]}
+    oracle.train(training_mode)
+    assert task.loss(still, generator())["loss"].isfinite()
+    mask, condition = oracle.shown()
+    assert condition.shape == still["high"].shape and not mask.any() and not condition.any()
+    assert not images[0].any()
+    task.loss(data, generator())  # the control
+    mask, condition = oracle.shown()
+    assert mask[:, :, 0].eq(1).all() and condition[:, :, 0].any() and images[1].any()
+
+
 def test_default_noise_levels_are_the_refiners(tmp_path: Path) -> None:
     assert settings(tmp_path).flow.shift == 8.0 and settings(tmp_path).base_flow.shift == 5.0
     assert (settings(tmp_path).validation_steps, settings(tmp_path).validation_guidance) == (8, 1.0)

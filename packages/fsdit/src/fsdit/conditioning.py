@@ -61,6 +61,30 @@ def first_frame_condition(first_latent: Tensor, t: int, mask_channels: int = 4) 
     return Condition(latents, mask)
 
 
+def nothing_known(latents: Tensor, mask_channels: int = 4) -> Condition:
+    """The condition of clips ``B C t h w`` that are made of the prompt alone: zeros, and no trust in them."""
+    batch, _, *grid = latents.shape
+    return Condition(torch.zeros_like(latents), latents.new_zeros(batch, mask_channels, *grid))
+
+
+def training_condition(latents: Tensor, mask_channels: int = 4) -> Condition:
+    """The condition that clean clips ``B C t h w`` are learned under: their first latent is known.
+
+    Of a single frame nothing is: its first latent is all of it, so that the model would be shown what it is to find.
+    """
+    if latents.shape[2] == 1:
+        return nothing_known(latents, mask_channels)
+    return first_frame_condition(latents[:, :, :1], latents.shape[2], mask_channels)
+
+
+def hidden(features: Tensor) -> Tensor:
+    """Zeros in the place of image features ``B M image_dim``; what made them gets gradients, which are zero.
+
+    Several processes wait for the gradient of every trained weight.
+    """
+    return features.masked_fill(torch.ones_like(features, dtype=torch.bool), 0)
+
+
 def model_input(noisy: Tensor, condition: Condition) -> Tensor:
     """noise ‖ mask ‖ condition on the channel axis: ``B (C + mask_channels + C) t h w``.
 

@@ -33,6 +33,9 @@ class FlowMatchingConfig:
         huber_delta: Where the pseudo-Huber loss turns from square to linear, as a root mean square error.
         huber_elements: Take that loss of each element by itself, not of a sample's mean square error; 0.1 then suits
             as huber_delta.
+        stills_see_image: Show clips of one frame their own picture through the image encoder, as those of more frames
+            see their first frame. It is the very picture that is to be learned, so that by default they see none of
+            it and are made of the caption alone.
         caption_dropout: Share of captions replaced by the empty prompt, which classifier-free guidance needs.
         router_rate: Learning rate of the Layer Memory routers as a multiple of the others'; they are never decayed.
         gradient_checkpointing: Recompute each block in the backward pass to save memory.
@@ -58,6 +61,7 @@ class FlowMatchingConfig:
     flow: FlowSchedule = field(default_factory=FlowSchedule)
     huber_delta: float = 0.25
     huber_elements: bool = False
+    stills_see_image: bool = False
     caption_dropout: float = 0.1
     router_rate: float = 10.0
     gradient_checkpointing: bool = False

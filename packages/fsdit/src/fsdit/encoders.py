@@ -107,8 +107,8 @@ def load_tokenizer(folder: Path, class_name: str | None = None) -> Any:
     config = read_json(folder / "tokenizer_config.json")
     if "auto_map" in config:
         raise CheckpointError(
-            f"{folder / 'tokenizer_config.json'} names code of its own, auto_map {config['auto_map']!r}, which is never "
-            f"run; accepted are the tokenizers {', '.join(TOKENIZERS)}: give a model with one of them"
+            f"{folder / 'tokenizer_config.json'} names code of its own, auto_map {config['auto_map']!r}, which is "
+            f"never run; accepted are the tokenizers {', '.join(TOKENIZERS)}: give a model with one of them"
         )
     _check_tokenizer(config.get("tokenizer_class"), folder / "tokenizer_config.json")
     cls = transformers.AutoTokenizer if class_name is None else getattr(transformers, class_name)
@@ -153,7 +153,8 @@ def folder_fingerprint(folder: Path, *others: Path) -> str:
 def _check_tokenizer(name: object, source: Path) -> None:
     if name not in TOKENIZERS:
         raise CheckpointError(
-            f"{source} names the tokenizer {name!r}; accepted are {', '.join(TOKENIZERS)}: give a model with one of them"
+            f"{source} names the tokenizer {name!r}; accepted are {', '.join(TOKENIZERS)}: "
+            "give a model with one of them"
         )
 
 

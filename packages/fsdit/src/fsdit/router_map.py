@@ -27,7 +27,7 @@ from fsae.charts import heat_map
 from fsae.data.datasets import VideoFolder
 from fsae.errors import UserError
 from fsae.files import atomic_path
-from fsdit.conditioning import Context, ImageEncoder, TextEncoder, first_frame_condition, model_input
+from fsdit.conditioning import Context, ImageEncoder, TextEncoder, hidden, model_input, training_condition
 from fsdit.data import CachedLatents
 from fsdit.flow import TIMESTEPS, FlowSchedule, interpolate
 from fsdit.layers.layer_memory import LayerRouter
@@ -143,7 +143,7 @@ def map_routers(
     Args:
         model: the transformer, with Layer Memory.
         clips: batches of clean latents ``B C t h w`` with their text and image embeddings; the first latent is given
-            to the model, as in image-to-video.
+            to the model, as in image-to-video; of single frames only the text is.
         schedule: of the noise.
         levels: how many levels, from 1 downwards (`FlowSchedule.sigmas`).
         generator: of the noise; on the CPU.
@@ -154,12 +154,13 @@ def map_routers(
     sigmas = torch.tensor(schedule.sigmas(levels)[:-1])
     with watch_routers(model) as tally:
         for latents, context in clips:
-            condition = first_frame_condition(latents[:, :, :1], latents.shape[2], model.config.mask_channels)
+            condition = training_condition(latents, model.config.mask_channels)
+            image = hidden(context.image) if context.image is not None and latents.shape[2] == 1 else context.image
             # Clip by clip, so that the noise does not depend on what shares a batch.
             noise = torch.stack([torch.randn(clip.shape, generator=generator) for clip in latents]).to(latents)
             for sigma in sigmas.to(latents.device):
                 times = (TIMESTEPS * sigma).expand(len(latents))
-                model(model_input(interpolate(latents, noise, sigma), condition), times, context.text, context.image)
+                model(model_input(interpolate(latents, noise, sigma), condition), times, context.text, image)
     return tally.result()
 
 

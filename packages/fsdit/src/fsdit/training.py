@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ from fsdit.conditioning import (
     Context,
     ImageEncoder,
     TextEncoder,
-    first_frame_condition,
+    hidden,
     load_encoders,
     model_input,
     pad_text,
+    training_condition,
 )
 from fsdit.config import FlowMatchingConfig, TransformerConfig
 from fsdit.data import CachedLatents, tell_missing_captions
@@ -44,6 +45,9 @@ from fsdit.sampling import denoise
 
 class FlowMatchingTask(Task):
     """Predict the velocity of noised latents from the first latent, the first frame and the caption.
+
+    A clip of one frame is learned from its caption alone, as text-to-image: its first latent and its first frame are
+    what is to be found.
 
     Batches hold ``latents`` ``B C t h w`` or ``video`` ``B 3 T H W``; ``caption``, B strings; and of these either the
     embeddings ``text`` ``B L D`` and ``image_embedding`` ``B M D'``, or what the encoders make them of: the captions,
@@ -87,6 +91,7 @@ class FlowMatchingTask(Task):
             "flow": asdict(config.flow),
             "huber_delta": config.huber_delta,
             "huber_elements": config.huber_elements,
+            "stills_see_image": config.stills_see_image,
             "caption_dropout": config.caption_dropout,
             "router_rate": config.router_rate,
             "trains_encoders": config.trains_encoders,
@@ -121,17 +126,29 @@ class FlowMatchingTask(Task):
         with torch.no_grad():
             return self.autoencoder.encode(batch["video"]).float()
 
+    def frames(self, batch: Any) -> int:
+        """t, the latent frames of the batch's clips; of videos, 1 for those of one frame."""
+        return int((batch["latents"] if "latents" in batch else batch["video"]).shape[2])
+
     def condition(self, latents: Tensor) -> Any:
-        """The image-to-video condition: the first latent of each clip."""
-        return first_frame_condition(latents[:, :, :1], latents.shape[2], self.transformer.config.mask_channels)
+        """The image-to-video condition: the first latent of each clip, and nothing of a single frame."""
+        return training_condition(latents, self.transformer.config.mask_channels)
 
     def context(self, batch: Any, captions: list[str], negative: str | None = None) -> Context:
         """Embeddings of captions and first frames, with gradients only if the encoders are trained.
 
-        Where the batch holds embeddings, a caption is its own or the empty one, and so is the negative.
+        Those of single frames are zeros, unless ``config.stills_see_image`` says otherwise. Where the batch holds
+        embeddings, a caption is its own or the empty one, and so is the negative.
         """
         if "text" in batch:
-            return self._kept_context(batch, captions, negative)
+            context = self._kept_context(batch, captions, negative)
+        else:
+            context = self._encoded_context(batch, captions, negative)
+        if context.image is None or self.config.stills_see_image or self.frames(batch) > 1:
+            return context
+        return replace(context, image=hidden(context.image))
+
+    def _encoded_context(self, batch: Any, captions: list[str], negative: str | None) -> Context:
         assert self.text_encoder is not None and self.image_encoder is not None
         images = batch["image"] if "image" in batch else batch["video"][:, :, 0]
         with nullcontext() if self.config.trains_encoders else torch.no_grad():
@@ -180,7 +197,8 @@ class FlowMatchingTask(Task):
             guidance=self.config.validation_guidance,
         )
         if "video" in batch:
-            return batch["video"].cpu(), self._decode(sampled, batch["video"][:, :, :1])
+            first_frames = batch["video"][:, :, :1] if batch["video"].shape[2] > 1 else None
+            return batch["video"].cpu(), self._decode(sampled, first_frames)
         return self._decode(latents), self._decode(sampled)
 
     def _decode(self, latents: Tensor, first_frames: Tensor | None = None) -> Tensor:

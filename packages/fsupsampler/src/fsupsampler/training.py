@@ -19,7 +19,14 @@ from fsae.losses.reconstruction import l1_loss
 from fsae.training.autoencoder import frame_grid
 from fsae.training.loop import Task, train
 from fsae.training.runs import finished, is_main_process, read_samples, save_parts
-from fsdit.conditioning import Condition, ImageEncoder, TextEncoder, first_frame_condition, load_encoders
+from fsdit.conditioning import (
+    Condition,
+    ImageEncoder,
+    TextEncoder,
+    first_frame_condition,
+    load_encoders,
+    nothing_known,
+)
 from fsdit.data import tell_missing_captions
 from fsdit.model import FSDiT
 from fsdit.training import FlowMatchingTask
@@ -104,6 +111,8 @@ class UpsamplerTask(Task):
 class RefinerTask(FlowMatchingTask):
     """Flow matching at the high resolution, on the condition that the upsampled draft makes.
 
+    A clip of one frame has none: it is learned from its caption alone.
+
     Batches hold ``low`` ``B C t h w``, ``high`` ``B C t 2h 2w`` and ``image`` ``B 3 S S``, or ``video`` ``B 3
     T H W``; and ``caption``, B strings.
 
@@ -160,13 +169,15 @@ class RefinerTask(FlowMatchingTask):
         return super()._flow_matching({**batch, "latents": high}, generator, dropout)
 
     def draft_condition(self, batch: Any, low: Tensor, high: Tensor, generator: Generator) -> Condition:
-        """The refiner's condition; regularised while it trains."""
-        training = self.transformer.training
+        """The refiner's condition, regularised while it trains; none for a single frame, which would be the target."""
+        training, mask_channels = self.transformer.training, self.transformer.config.mask_channels
+        if high.shape[2] == 1:
+            return nothing_known(high, mask_channels)
         with torch.no_grad():
             if self.base is not None and training:
                 low = self._deviate(self.base, batch, low, generator)
             draft = self.upsampler(low).to(high)
-        condition = refiner_condition(high[:, :, :1], draft, self.mask, self.transformer.config.mask_channels)
+        condition = refiner_condition(high[:, :, :1], draft, self.mask, mask_channels)
         return regularize(condition, high, self.config.regularization, generator) if training else condition
 
     def _deviate(self, base: FSDiT, batch: Any, low: Tensor, generator: Generator) -> Tensor:
@@ -183,6 +194,10 @@ class RefinerTask(FlowMatchingTask):
     def latents(self, batch: Any) -> Tensor:
         """The batch's high-resolution latents."""
         return batch["high"] if "high" in batch else super().latents(batch)
+
+    def frames(self, batch: Any) -> int:
+        """t, the latent frames of the batch's clips."""
+        return int(batch["high"].shape[2]) if "high" in batch else super().frames(batch)
 
 
 def latent_pair(batch: Any, autoencoder: FSAE | None) -> tuple[Tensor, Tensor]:
