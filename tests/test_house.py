@@ -10,6 +10,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {path.name: path for path in ROOT.glob("packages/*/src/*") if path.is_dir()}
@@ -112,3 +114,15 @@ def test_uv_is_held_to_the_tested_torch() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert set(settings["tool"]["uv"]["constraint-dependencies"]) <= set(constraints)
+
+
+def test_no_pyav_that_reads_other_colours_is_accepted() -> None:
+    """Before 17, PyAV reads BT.709 by BT.601's matrix: orange of 224 48 16 comes back as 208 29 17."""
+    bounds = [
+        requirement
+        for folder in ROOT.glob("packages/*/pyproject.toml")
+        for requirement in tomllib.loads(folder.read_text(encoding="utf-8"))["project"]["dependencies"]
+        if re.match(r"av\b", requirement)
+    ]
+    assert bounds and all(Version("16.99") not in Requirement(bound).specifier for bound in bounds)
+    assert all(Version("17.0.0") in Requirement(bound).specifier for bound in bounds)
