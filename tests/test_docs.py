@@ -179,7 +179,7 @@ def test_the_autoencoders_stages_run(tmp_path: Path) -> None:
     assert names == set(re.findall(r"^\| `(\w+\.yaml)`", page, re.MULTILINE))
 
 
-@pytest.mark.parametrize("package", ["fsae", "fsdit", "fsupsampler"])
-def test_a_package_with_a_training_is_a_module_for_launchers(package: str) -> None:
+@pytest.mark.parametrize("package", ["fsae", "fsdit", "fsupsampler", "fsvideo_pipeline"])
+def test_a_package_with_a_command_is_a_module_as_well(package: str) -> None:
     done = subprocess.run([sys.executable, "-m", package, "--version"], check=True, capture_output=True, text=True)
-    assert done.stdout.split()[0] == package
+    assert done.stdout.split()[0] == {"fsvideo_pipeline": "fsvideo"}.get(package, package)
