@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 LEVELS = (16, 32, 64)  # pixels of the frame's shorter side
+FINE_LEVELS = (128, 256)  # to a small fraction of a pixel, from where the coarse levels ended
 ITERATIONS = 12
 MOST_FRAMES = 17  # frames aligned in a longer video, evenly spaced
 STILL_BELOW = 0.02  # mean displacement over the whole clip, as a fraction of the frame's size
@@ -62,11 +63,11 @@ def _blurred(frames: torch.Tensor) -> torch.Tensor:
     return F.conv2d(F.pad(frames, (0, 0, 2, 2), mode="replicate"), taps.view(1, 1, 5, 1))
 
 
-def _pyramid(frames: torch.Tensor) -> list[torch.Tensor]:
-    """The video at each of LEVELS, coarsest first."""
+def _pyramid(frames: torch.Tensor, sides: Sequence[int] = LEVELS) -> list[torch.Tensor]:
+    """The video at each size of its shorter side, coarsest first."""
     height, width = frames.shape[-2:]
     levels = []
-    for side in LEVELS:
+    for side in sides:
         scale = min(1.0, side / min(height, width))
         size = (max(8, round(height * scale)), max(8, round(width * scale)))
         shrunk = F.interpolate(frames, size=size, mode="bilinear", antialias=True, align_corners=False)
@@ -131,10 +132,23 @@ def estimate_path(video: Any) -> torch.Tensor:
     return torch.stack(path)
 
 
+def refine(alignment: torch.Tensor, pair: Any) -> torch.Tensor:
+    """An alignment of `estimate_path` made exact, for a video of two frames: the picture and what it was moved to."""
+    for level in _pyramid(luminance(pair).cpu(), FINE_LEVELS):
+        alignment = _align(level[:1], level[1:], alignment)
+    return alignment
+
+
 def measure_motion(video: Any) -> MeasuredMotion:
     """The camera's motion in a video: uint8 T H W 3, float T H W 3 in [0, 1], or float 3 T H W in [-1, 1]."""
-    a, b, tx, ty = estimate_path(video)[-1].tolist()
     height, width = luminance(video).shape[-2:]
+    return name_motion(estimate_path(video)[-1], (height, width))
+
+
+def name_motion(alignment: torch.Tensor, size: tuple[int, int]) -> MeasuredMotion:
+    """What a last frame's alignment (a, b, tx, ty) means for a frame of (H, W) pixels."""
+    a, b, tx, ty = alignment.tolist()
+    height, width = size
     scale, angle = math.hypot(a, b), math.atan2(b, a)
     pan_x, pan_y = tx, ty * width / height
     shrunk = math.log(max(scale, 1e-6))
