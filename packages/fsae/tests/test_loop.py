@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -341,10 +341,26 @@ def test_a_checkpoint_that_does_not_say_what_it_is_of_is_named(tmp_path: Path) -
         trained(tmp_path)
 
 
-def test_a_cosine_run_cannot_change_its_length(tmp_path: Path) -> None:
-    trained(tmp_path, max_steps=3, schedule=ScheduleConfig())
-    with pytest.raises(UserError, match="max_steps was 3, is now 6"):
-        trained(tmp_path, schedule=ScheduleConfig())
+@pytest.mark.parametrize("kind", ["constant", "cosine"])
+def test_a_finished_run_may_be_made_longer(
+    tmp_path: Path, kind: Literal["constant", "cosine"], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a constant rate it is then the run that was longer from the start; by a cosine, it says, another one."""
+    schedule = ScheduleConfig(kind)
+    whole = trained(tmp_path / "whole", schedule=schedule)
+    short = trained(tmp_path / "parts", max_steps=3, schedule=schedule)
+    capsys.readouterr()
+    longer = trained(tmp_path / "parts", schedule=schedule)
+    told = capsys.readouterr().err
+    assert checkpoints(tmp_path / "parts")[-1].name == "checkpoint-00000006" and not longer.equal(short)
+    assert longer.equal(whole) == (kind == "constant")
+    assert ("max_steps was 3, is now 6: from step 3 on, the cosine ends at step 6" in told) == (kind == "cosine")
+    assert trained(tmp_path / "parts", schedule=schedule).equal(longer)  # nothing is left to do, or to say
+    assert "max_steps" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="is of step 6, past max_steps 5; set max_steps to 6 or more"):
+        trained(tmp_path / "parts", max_steps=5, schedule=schedule)
+    with pytest.raises(UserError, match="loop.schedule.min_ratio was 0.0, is now 0.5"):
+        trained(tmp_path / "parts", max_steps=9, schedule=replace(schedule, min_ratio=0.5))
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

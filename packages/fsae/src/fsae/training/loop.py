@@ -401,6 +401,27 @@ class _Run:
         scalers = {key: trained.scaler.state_dict() for key, trained in zip(_SCALERS, self._all_trained, strict=False)}
         return {"step": step, "epoch": epoch, "offset": offset, "settings": self.settings, **scalers}
 
+    def _check_length_and_settings(self, folder: Path, state: dict[str, Any]) -> None:
+        """Refuse other settings, but not another length that the checkpoint has not passed.
+
+        A constant rate does not know it; a cosine that was meant to end elsewhere goes on along the new one, and a
+        line says so.
+        """
+        step, wanted = int(state["step"]), self.config.max_steps
+        if step > wanted:
+            raise UserError(
+                f"{folder} is of step {step}, past max_steps {wanted}; set max_steps to {step} or more to go on from "
+                "it, or choose another output_dir to start anew"
+            )
+        stored = state["settings"]
+        before = stored.get("loop", {}).get("max_steps", wanted)
+        if before != wanted:
+            stored = {**stored, "loop": {**stored["loop"], "max_steps": wanted}}
+        checkpointing.check_settings(folder, stored, self.settings)
+        if before != wanted and self.main:
+            line = f"max_steps was {before}, is now {wanted}: from step {step} on, the cosine ends at step {wanted}"
+            tqdm.write(line, file=sys.stderr)
+
     def _resume(self) -> int:
         """Load the newest complete checkpoint, if there is one; returns the step to go on from."""
         if self.main:
@@ -421,7 +442,7 @@ class _Run:
                 f"{folder / 'state.json'} lacks {' and '.join(sorted(missing))}; remove {folder} to go on from the "
                 "checkpoint before it"
             )
-        checkpointing.check_settings(folder, state["settings"], self.settings)
+        self._check_length_and_settings(folder, state)
         for trained, optimizer, scaler in zip(self._all_trained, _OPTIMIZERS, _SCALERS, strict=False):
             trained.load_modules(folder)
             trained.load_moments(checkpointing.load_tensors(folder / f"{optimizer}.safetensors"))
