@@ -53,6 +53,19 @@ def test_a_round_trip_keeps_every_tensor_and_setting(pipeline: FSVideoPipeline, 
         assert not getattr(again, name).training
 
 
+def test_components_make_a_pipeline_of_the_same_settings(pipeline: FSVideoPipeline) -> None:
+    """Diffusers' ways to share models: by components, with the parameters as well, and by `from_pipe`."""
+    for again in (
+        FSVideoPipeline(**pipeline.components),
+        FSVideoPipeline(**pipeline.components, **pipeline.parameters),
+        FSVideoPipeline.from_pipe(pipeline),
+    ):
+        assert again.settings == pipeline.settings != Settings()
+        assert all(getattr(again, name) is getattr(pipeline, name) for name in (*MODULES, "tokenizer", "mask"))
+    other = FSVideoPipeline(**{**pipeline.components, "settings": Settings(steps=7)})
+    assert other.settings == Settings(steps=7)
+
+
 def test_the_layout_is_diffusers(saved: Path) -> None:
     index = read_index(saved)
     assert index["_class_name"] == "FSVideoPipeline"

@@ -179,6 +179,16 @@ class FSVideoPipeline(DiffusionPipeline):
         """How the models are sampled by default."""
         return Settings(**self.config.settings)
 
+    @property
+    def components(self) -> dict[str, Any]:
+        """All that another pipeline of the same models is made of, as `FSVideoPipeline(**components)`."""
+        return {**super().components, "settings": self.settings}
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Nothing: what diffusers' pipelines hold here beside their components is one of them."""
+        return {}
+
     def plan(self, photo: tuple[int, int], size: tuple[int, int] | None = None, frames: int | None = None) -> VideoPlan:
         """The video that these models make of a photo of (width, height) pixels; see `plan_video`."""
         return plan_video(
