@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from fsae.data.video import probe, read_video, write_video
 from fsvideo_pipeline import generate
 from fsvideo_pipeline.cli import main
 from fsvideo_pipeline.options import GenerateOptions
-from fsvideo_pipeline.output import load_sample
+from fsvideo_pipeline.output import describe, load_sample, save_video
 from fsvideo_pipeline.pipeline import FSVideoPipeline
 
 PROMPT = "the camera pans left"
@@ -129,6 +129,38 @@ def test_the_metadata_says_what_made_the_video(command: Callable[..., int], tmp_
     assert versions["fsvideo-pipeline"] == version("fsvideo-pipeline")
     assert versions["torch"] == version("torch")
     assert str(tmp_path) not in json.dumps(metadata(tmp_path / "out.mp4"))
+
+
+def test_a_prompt_that_is_no_text_is_refused_before_any_work(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a shell hands over where a word holds a Latin-1 byte."""
+    assert command(prompt=b"caf\xe9, the camera zooms in".decode(errors="surrogateescape")) == 2
+    told = capsys.readouterr().err
+    assert r"the prompt 'caf\udce9, the camera zooms in' is no UTF-8" in told and "100%" not in told
+    assert names(tmp_path) == {"photo.png"}
+
+
+def test_a_models_name_that_is_no_text_costs_no_video(tmp_path: Path) -> None:
+    name = b"mod\xe8le".decode(errors="surrogateescape")
+    save_video(tmp_path / "out.mp4", np.zeros((5, 64, 64, 3), np.uint8), 8.0, describe({"model": name, "seed": 1}))
+    assert metadata(tmp_path / "out.mp4")["model"] == "mod?le"
+
+
+def test_packages_without_their_metadata_make_a_video(
+    command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a path, a zip file or a bundle no installation knows them."""
+
+    def unknown(name: str) -> str:
+        if name.startswith("fs"):
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("fsvideo_pipeline.output.version", unknown)
+    assert command() == 0
+    versions = metadata(tmp_path / "out.mp4")["versions"]
+    assert versions.keys() == {"torch", "diffusers", "transformers", "python"}
 
 
 def test_no_metadata_leaves_it_out(command: Callable[..., int], tmp_path: Path) -> None:

@@ -92,6 +92,8 @@ def check(image: str, prompt: str, output: Path, options: GenerateOptions) -> Re
     """
     if not prompt.strip():
         raise UserError('the prompt is empty; say what happens in the video, such as "the camera pans left"')
+    if not _is_text(prompt):
+        raise UserError(f"the prompt {prompt!a} is no UTF-8; give it from a terminal or a file that is")
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
     if not 0 <= seed < 2**63:
         raise UserError(f"seed {seed} given; accepted is a whole number from 0 to 2^63 - 1")
@@ -104,6 +106,15 @@ def check(image: str, prompt: str, output: Path, options: GenerateOptions) -> Re
     )
     plan = plan_video((photo.shape[1], photo.shape[0]), settings.area, settings.frames, size)
     return Request(photo, prompt, output, options, model, settings, plan, seed)
+
+
+def _is_text(argument: str) -> bool:
+    """Whether all bytes of an argument were UTF-8: Python keeps others as halves of surrogate pairs."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def generate(request: Request) -> dict[str, float]:

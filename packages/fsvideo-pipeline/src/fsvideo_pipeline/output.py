@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +40,21 @@ def check_output(video: str | os.PathLike[str]) -> None:
 
 
 def describe(request: dict[str, Any]) -> dict[str, str]:
-    """A video's metadata: the request and the versions that answered it, as JSON in a tag players show."""
-    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    return {"comment": json.dumps({**request, "versions": versions}, ensure_ascii=False)}
+    """A video's metadata: the request and the versions that answered it, as JSON in a tag players show.
+
+    It is made when the video is: what is unknown is left out, and what is no text becomes question marks.
+    """
+    facts = {**request, "versions": _versions() | {"python": platform.python_version()}}
+    return {"comment": json.dumps(facts, ensure_ascii=False).encode(errors="replace").decode()}
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages whose installation says it; those that lie on the path or in a bundle have none."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def save_video(
