@@ -246,12 +246,24 @@ def _change(name: str, old: object, new: object) -> str:
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for key, value in values.items():
+    for key, value in _deciding(values).items():
         if isinstance(value, Mapping):
             flat.update(_flat(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _deciding(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same settings; of an optimiser that is AdamW, without Muon's, which leave the weights alone.
+
+    A checkpoint that does not say which optimiser made it is of AdamW: there was no other.
+    """
+    if not {"learning_rate", "betas"} <= values.keys():
+        return values
+    values = {"kind": "adamw", **values}
+    idle = ("matrix_learning_rate", "momentum") if values["kind"] == "adamw" else ()
+    return {key: value for key, value in values.items() if key not in idle}
 
 
 def save_batch(path: Path, batches: list[Any], report: Mapping[str, Any]) -> None:

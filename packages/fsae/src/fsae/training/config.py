@@ -14,25 +14,37 @@ from fsae.errors import require
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (paper §3.1 trains with betas 0.9 and 0.95).
+    """AdamW (paper §3.1 trains with betas 0.9 and 0.95), or Muon for the matrices and AdamW for the rest.
 
     Attributes:
-        learning_rate: Peak learning rate, reached after the warm-up.
-        betas: Decay rates of the first and second moment.
+        learning_rate: AdamW's peak learning rate, reached after the warm-up.
+        betas: Decay rates of AdamW's first and second moment.
         weight_decay: Decoupled decay of matrices and kernels; vectors (biases, norms) are never decayed.
-        eps: Added to the root of the second moment.
+        eps: Added to the root of AdamW's second moment.
+        kind: "adamw", or "muon": the weights of linear layers and convolutions with at least 8 outputs and 8 inputs
+            are updated by Muon, at matrix_learning_rate. It needs whole matrices: no sharding over processes.
+        matrix_learning_rate: With muon, the peak rate of those weights, on AdamW's scale: an entry moves about 0.2
+            of it in a step.
+        momentum: With muon, the decay rate of its one moment.
     """
 
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     eps: float = 1e-8
+    kind: Literal["adamw", "muon"] = "adamw"
+    matrix_learning_rate: float = 1e-3
+    momentum: float = 0.95
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a number above 0")
         require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "a number of at least 0")
         require(self.eps > 0, "optimizer.eps", self.eps, "a number above 0")
+        require(self.kind in ("adamw", "muon"), "optimizer.kind", self.kind, '"adamw" or "muon"')
+        rate = self.matrix_learning_rate
+        require(rate > 0, "optimizer.matrix_learning_rate", rate, "a number above 0")
+        require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "a number in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ class LoopConfig:
         batch_size: Samples in one forward pass of one process.
         gradient_accumulation_steps: Forward passes in one update. An update sees batch_size times this
             times the number of processes samples; processes that share each sample count as one.
-        optimizer: AdamW's settings.
+        optimizer: The optimiser's settings.
         schedule: The learning rate's course.
         max_grad_norm: Gradients are scaled down to this global L2 norm, the opponents' by themselves; 0 leaves
             them alone.

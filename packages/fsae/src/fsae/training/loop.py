@@ -106,7 +106,7 @@ def train(
     Raises:
         UserError: an empty dataset; a checkpoint made under other settings; a loss or gradient that is not
             finite (the batch is saved, no update is made); TensorBoard or DeepSpeed wanted but not installed; a
-            checkpoint that cannot be written; fp16 without a GPU; two modules of one name.
+            checkpoint that cannot be written; fp16 without a GPU; two modules of one name; Muon under sharding.
     """
     if len(dataset) == 0:
         raise UserError("the dataset is empty; give at least one sample")
@@ -137,6 +137,12 @@ class _Run:
         )
         self.rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
+        sharding = config.sharding if processes > 1 else "ddp"
+        if sharding != "ddp" and config.optimizer.kind == "muon":
+            raise UserError(
+                f"optimizer.kind is 'muon', whose updates need whole matrices, but sharding {sharding} leaves each of "
+                f"{processes} processes a part of them; set sharding to ddp, or optimizer.kind to adamw"
+            )
         self.data_rank, data_processes = data_place(self.rank, processes, task.ranks_per_sample)
         cut = (config.seed, config.batch_size, config.gradient_accumulation_steps, data_processes, self.data_rank)
         self.order = order_of(dataset, *cut)
@@ -150,7 +156,7 @@ class _Run:
         }
         for module in task.frozen.values():
             module.to(self.accelerator.device).eval()
-        self._make_trained(config.sharding if processes > 1 else "ddp")
+        self._make_trained(sharding)
         self.saved_at = -1
 
     def _make_trained(self, kind: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fsae.training.config import OptimizerConfig
+from fsae.training.optimizers import matrices
 
 KEEP = "keep_"
 
@@ -22,10 +23,10 @@ class Task:
         modules: What is trained, saved and averaged, by name. Parameters with ``requires_grad=False`` keep
             their value.
         opponents: Modules that are trained against ``modules`` (a discriminator), by name: on ``opponent_loss``,
-            with an AdamW of their own. They are saved and resumed, not averaged. While ``loss`` runs and is
+            with an optimiser of their own. They are saved and resumed, not averaged. While ``loss`` runs and is
             differentiated their parameters collect no gradients, nor do those of ``modules`` in
             ``opponent_loss``.
-        opponent_optimizer: Settings of that AdamW; its rate follows the same schedule.
+        opponent_optimizer: Settings of that optimiser; its rate follows the same schedule.
         frozen: Modules that the loss only reads (a perceptual network, a frozen encoder). The loop puts them
             on the device in eval mode; they are not saved.
         settings: JSON values that decide the weights beside the loop's own (a model's config, loss weights).
@@ -92,14 +93,25 @@ class Task:
         raise NotImplementedError
 
     def parameter_groups(self, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-        """AdamW's groups: by default matrices and kernels with weight decay, vectors without."""
+        """The optimiser's groups: by default matrices and kernels with weight decay, vectors without.
+
+        A group's own "lr" is its peak rate. With Muon, a group is AdamW's unless its "kind" is "muon".
+        """
         return decay_groups(self.modules.values(), optimizer)
 
 
 def decay_groups(modules: Iterable[nn.Module], optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """Matrices and kernels with weight decay, vectors without."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    return [
+    """Matrices and kernels with weight decay, vectors without; with Muon, its matrices apart."""
+    modules = list(modules)
+    apart = {id(p) for p in matrices(modules)} if optimizer.kind == "muon" else set()
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    parameters = [p for p in trained if id(p) not in apart]
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optimizer.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    if apart:
+        rate, decay = optimizer.matrix_learning_rate, optimizer.weight_decay
+        ours = [p for p in trained if id(p) in apart]
+        groups.append({"params": ours, "weight_decay": decay, "lr": rate, "kind": "muon"})
+    return groups

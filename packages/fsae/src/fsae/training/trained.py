@@ -11,22 +11,22 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fsae.errors import UserError
 from fsae.training import sharding
 from fsae.training.checkpointing import load_modules, load_optimizer, optimizer_tensors
 from fsae.training.config import LoopConfig, OptimizerConfig
+from fsae.training.optimizers import make_optimizer
 
 Groups = Callable[[OptimizerConfig], list[dict[str, Any]]]
 
 
 class Trained:
-    """Modules that are updated together: their AdamW, their loss scaler, their place on device and processes.
+    """Modules that are updated together: their optimiser, their loss scaler, their place on device and processes.
 
     Args:
         accelerator: The run's.
         modules: What to train, by name.
-        groups: AdamW's groups of these modules' parameters.
-        optimizer: AdamW's settings.
+        groups: The optimiser's groups of these modules' parameters.
+        optimizer: The optimiser's settings.
         config: The run's, for precision and accumulation.
         sharded: Whether each process holds a part of the weights (FSDP2) or all of them (DDP).
 
@@ -52,7 +52,7 @@ class Trained:
         self.names: dict[nn.Parameter, str] = {
             p: f"{name}.{key}" for name, m in modules.items() for key, p in m.named_parameters() if p.requires_grad
         }
-        self.optimizer = _adamw(groups(optimizer), optimizer)
+        self.optimizer = make_optimizer(groups(optimizer), optimizer)
         # One scaler for each optimiser: a shared one would be updated between their steps.
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16")
 
@@ -164,19 +164,3 @@ class Together(nn.Module):
 
     def forward(self, function: Callable[..., dict[str, Tensor]], *arguments: Any) -> dict[str, Tensor]:
         return function(*arguments)
-
-
-def _adamw(groups: list[dict[str, Any]], settings: OptimizerConfig) -> torch.optim.AdamW:
-    groups = [group for group in groups if group["params"]]
-    if not groups:
-        raise UserError("nothing to train: no parameter of the given modules requires a gradient")
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-    )
-    for group in optimizer.param_groups:
-        group["peak_lr"] = group["lr"]
-    return optimizer

@@ -37,7 +37,7 @@ class Zero3(Trained):
         accelerator: The run's, with several processes.
         modules: What to train, by name.
         groups: AdamW's groups of these modules' parameters.
-        optimizer: AdamW's settings.
+        optimizer: AdamW's settings; Muon's updates need whole matrices, which no process has.
         config: The run's, for precision and accumulation.
 
     Raises:
