@@ -297,6 +297,25 @@ def test_gradient_checkpointing_changes_nothing(layer_memory: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@torch.no_grad()
+def test_weights_kept_in_8_bits_give_what_the_rounded_weights_give() -> None:
+    """Diffusers' layerwise casting: each layer is stored in fp8 and brought back for its own forward alone."""
+    stored, rounded = tiny(), tiny()
+    for model in (stored, rounded):
+        randomize(model)
+        model.eval()
+    exact = rounded(**inputs(rounded))
+    stored.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    in_8_bits = {name for name, p in stored.named_parameters() if p.dtype == torch.float8_e4m3fn}
+    assert {"time_projection.weight", "blocks.0.ffn.0.weight", "head.head.weight"} <= in_8_bits
+    for name, parameter in rounded.named_parameters():
+        if name in in_8_bits:
+            parameter.copy_(parameter.to(torch.float8_e4m3fn).float())
+    out = stored(**inputs(stored))
+    torch.testing.assert_close(out, rounded(**inputs(rounded)))
+    assert 1e-3 < relative(out, exact) < 0.2
+
+
 def test_bfloat16_stays_close_and_keeps_float32_tables(tmp_path) -> None:
     model = tiny()
     randomize(model)

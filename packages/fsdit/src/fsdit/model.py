@@ -349,7 +349,7 @@ class FSDiT(StrictModelMixin):
         x = self.patch_embedding(hidden_states.to(dtype)).flatten(2).transpose(1, 2).contiguous()
 
         time = self.time_embedding(timestep)
-        projection = self.time_projection(nn.functional.silu(time).to(self.time_projection.weight.dtype))
+        projection = self.time_projection(nn.functional.silu(time).to(dtype))
         context = self._context(encoder_hidden_states, encoder_hidden_states_image, cache)
 
         if self.context_parallel is not None:
