@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import struct
 import sys
+import unicodedata
 import zipfile
 from collections import Counter
 from dataclasses import replace
@@ -23,9 +25,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools" / "nano"))
 import captions
 import measure_motion
 import photographs
-from clips import NanoClips, load_photographs
-from motion import MOTIONS, MOVING, PANS, Motion, camera_path, draw_motion, draw_travel
-from textures import dead_leaves, noise, texture
+from captions import LANGUAGE_SHARES, LONGEST, SYNONYMS, caption, said_of, sentences, sprite_clause
+from clips import SPRITE_COLOURS, SPRITE_SHAPES, SPRITE_WAYS, NanoClips, Sprite, load_photographs
+from motion import (
+    COMBINATIONS,
+    MOTIONS,
+    MOVING,
+    PANS,
+    SPEEDS,
+    TRAVELS,
+    Combined,
+    Motion,
+    camera_path,
+    draw_motion,
+    draw_travel,
+    motion_from_dict,
+    usual_motion,
+)
+from textures import TEXTURE_SIDE, dead_leaves, kept_texture, noise, texture
+from wordings import LANGUAGES
 
 SIZE = (64, 64)
 
@@ -62,7 +80,7 @@ def test_shapes_ranges_and_kinds() -> None:
         assert item["video"].shape == (3, 9, 48, 80)
         assert item["video"].dtype == torch.float32
         assert -1 <= float(item["video"].min()) <= float(item["video"].max()) <= 1
-        assert item["motion"] in MOTIONS
+        assert item["motion"] in (*MOTIONS, *COMBINATIONS)
 
 
 def test_one_frame_is_a_still_image() -> None:
@@ -88,16 +106,34 @@ def test_a_loader_with_workers_gives_the_same_items() -> None:
         clips[6]
 
 
-def test_shares_of_textures_sprites_and_stills() -> None:
+def test_shares_of_textures_sprites_stills_and_combinations() -> None:
     clips = world(texture_probability=0.2, sprite_probability=0.15)
     plans = [clips.plan(i) for i in range(1500)]
     assert abs(np.mean([p.photograph < 0 for p in plans]) - 0.2) < 0.04
     assert abs(np.mean([p.sprite is not None for p in plans]) - 0.15) < 0.04
     kinds = Counter(p.motion.kind for p in plans)
-    assert all(abs(kinds[kind] / 1500 - 1 / 8) < 0.04 for kind in MOTIONS)
-    clips = world(texture_probability=0, sprite_probability=0, still_fraction=0)
+    assert abs(kinds["still"] / 1500 - 1 / 8) < 0.04
+    assert abs(sum(kinds[kind] for kind in COMBINATIONS) / 1500 - 0.15) < 0.04
+    assert all(abs(kinds[kind] / 1500 - (1 - 1 / 8 - 0.15) / 7) < 0.04 for kind in MOVING)
+    speeds = Counter(p.motion.speed for p in plans if p.motion.kind != "still")
+    assert all(
+        abs(speeds[s] / speeds.total() - share) < 0.04 for s, share in zip(SPEEDS, (0.25, 0.5, 0.25), strict=True)
+    )
+    clips = world(texture_probability=0, sprite_probability=0, still_fraction=0, combined_fraction=0)
     never = [clips.plan(i) for i in range(300)]
-    assert all(p.photograph >= 0 and p.sprite is None and p.motion.kind != "still" for p in never)
+    assert all(p.photograph >= 0 and p.sprite is None and p.motion.kind in MOVING for p in never)
+
+
+def test_textures_are_kept_and_apart_from_the_held_out_ones() -> None:
+    def drawn(split: str) -> set[int]:
+        clips = world(split=split, texture_probability=1)
+        return {clips.plan(i).texture for i in range(500)}
+
+    assert len(drawn("train")) > 60
+    assert not drawn("train") & drawn("held-out")
+    one = kept_texture(5)
+    assert one is kept_texture(5)
+    assert one.dtype == torch.uint8 and one.shape == (3, TEXTURE_SIDE, TEXTURE_SIDE)
 
 
 def test_a_world_without_pictures_says_so(tmp_path: Path) -> None:
@@ -126,23 +162,69 @@ def affine_of(video: torch.Tensor) -> torch.Tensor:
     return torch.linalg.lstsq(design.expand(frames, -1, -1), at.permute(1, 2, 0)).solution.transpose(1, 2)
 
 
-@pytest.mark.parametrize("kind", MOTIONS)
-@pytest.mark.parametrize("direction", [1, -1])
-def test_each_frame_looks_where_the_path_says(kind: str, direction: int) -> None:
+def looks_where_the_path_says(kind: str, direction: int, size: tuple[int, int], frames: int = 9) -> None:
     """A picture whose colours are coordinates tells where each pixel came from; frame 0 has not moved."""
     ramp = torch.arange(256, dtype=torch.uint8)
     x, y = ramp.expand(256, 256), ramp[:, None].expand(256, 256)
     picture = torch.stack([x, y, torch.zeros_like(x)])
-    clips = world(photographs=[picture], texture_probability=0, sprite_probability=0)
+    clips = world(photographs=[picture], texture_probability=0, sprite_probability=0, size=size, frames=frames)
     plan = clips.plan(1, kind)
-    plan = replace(plan, flip=False, colour=(0.0,) * 5, motion=replace(plan.motion, direction=direction))
-    looked = affine_of(clips.render(plan))
+    motion = turned(plan.motion, direction)
+    looked = affine_of(clips.render(replace(plan, flip=False, colour=(0.0,) * 5, motion=motion)))
     ratio = looked[0, 0, 0]
-    assert 0.3 < ratio < 4
+    assert 0.2 < ratio < 4
     assert torch.allclose(looked[0, :, :2], ratio * torch.eye(2, dtype=torch.float64), atol=0.02)
-    path = camera_path(plan.motion, 9, SIZE).double()
+    path = camera_path(motion, frames, size).double()
     assert torch.allclose(looked[:, :, :2] / ratio, path[:, :, :2], atol=0.02)
-    assert torch.allclose((looked[:, :, 2] - looked[0, :, 2]) / ratio, path[:, :, 2], atol=0.4)
+    assert torch.allclose((looked[:, :, 2] - looked[0, :, 2]) / ratio, path[:, :, 2], atol=0.006 * max(size))
+
+
+def turned(motion: Motion | Combined, direction: int) -> Motion | Combined:
+    """The motion, its roll in the given direction."""
+    if isinstance(motion, Motion):
+        return replace(motion, direction=direction)
+    first, second = (replace(part, direction=direction) for part in motion.parts)
+    return Combined((first, second))
+
+
+@pytest.mark.parametrize("kind", (*MOTIONS, *COMBINATIONS))
+@pytest.mark.parametrize("direction", [1, -1])
+def test_each_frame_looks_where_the_path_says(kind: str, direction: int) -> None:
+    looks_where_the_path_says(kind, direction, SIZE)
+
+
+@pytest.mark.parametrize("size", [(128, 192), (192, 128), (384, 640), (320, 576)])
+@pytest.mark.parametrize("kind", ["pan left", "pan down", "zoom out", "roll", "pan right + roll"])
+def test_clips_of_other_sizes_look_where_the_path_says(kind: str, size: tuple[int, int]) -> None:
+    looks_where_the_path_says(kind, 1, size, frames=3)
+
+
+@pytest.mark.parametrize("kind", COMBINATIONS)
+def test_two_motions_at_once_are_their_composition(kind: str) -> None:
+    """Each frame's map is the product of the maps of the parts alone, a pan's on the left."""
+    motion = draw_travel(np.random.default_rng(3), kind)
+    assert isinstance(motion, Combined)
+    assert (motion.kind, len(motion.parts)) == (kind, 2)
+    assert motion.speed == motion.parts[0].speed == motion.parts[1].speed
+    below = torch.tensor([[[0.0, 0.0, 1.0]]]).expand(7, 1, 3)
+    first, second = (torch.cat([camera_path(part, 7, (48, 80)), below], dim=1) for part in motion.parts)
+    torch.testing.assert_close(camera_path(motion, 7, (48, 80)), (first @ second)[:, :2])
+
+
+def test_what_cannot_be_combined_is_refused() -> None:
+    left, right, up = (Motion(kind, 0.2) for kind in ("pan left", "pan right", "pan up"))
+    assert Combined((left, up)).kind == "pan left + pan up"
+    for parts in ((left, right), (up, left), (left, Motion("still"))):
+        with pytest.raises(ValueError, match=r"one of pan left \+ pan up"):
+            Combined(parts)
+    assert len(COMBINATIONS) == 18
+    assert Combined((left, Motion("zoom in", 1.6))).speed == "usual"
+
+
+@pytest.mark.parametrize("kind", (*MOTIONS, *COMBINATIONS))
+def test_a_motion_survives_json(kind: str) -> None:
+    motion = draw_travel(np.random.default_rng(1), kind)
+    assert motion_from_dict(json.loads(json.dumps(motion.as_dict()))) == motion
 
 
 def test_directions_of_the_path() -> None:
@@ -192,52 +274,190 @@ def test_textures_are_pictures_with_a_natural_spectrum() -> None:
 # --- captions -------------------------------------------------------------------------------------
 
 
+def plain(text: str) -> str:
+    """Without case, accents and the order of a word's letters: what the slips of a typist leave as it is."""
+    text = "".join(c for c in unicodedata.normalize("NFD", text.casefold()) if not unicodedata.combining(c))
+    return re.sub(r"[a-z]+", lambda word: "".join(sorted(word[0])), text)
+
+
+SOME = (*MOTIONS, "pan left + pan up", "pan right + zoom in", "pan down + roll", "zoom out + roll")
+
+
+def every(kinds: tuple[str, ...]) -> list[Motion | Combined]:
+    """One motion of each of the kinds, at each speed and in each direction of a roll."""
+    rng = np.random.default_rng(0)
+    drawn = [turned(draw_travel(rng, kind, s), d) for kind in kinds for s in SPEEDS for d in (1, -1)]
+    return [m for m in drawn if m.direction > 0 or "roll" in m.kind]
+
+
+SIDE_WORDS = {
+    "pan left": ("left", "leftward"),
+    "pan right": ("right", "rightward"),
+    "pan up": ("up", "upward", "rises", "rising", "raise", "lifts", "ascends"),
+    "pan down": ("down", "downward", "sinks", "sinking", "lower", "lowers", "descends"),
+}
+
+
+def all_said(motion: Motion | Combined, language: str, held_out: bool = False) -> set[str]:
+    """Every sentence of a motion."""
+    said = said_of(motion)
+    orders = [said] if len(said) == 1 else [said, (said[0], said[2], said[1])]
+    return {
+        sentence
+        for order in orders
+        for wordings in captions.templates(order, language, held_out)
+        for wording in wordings
+        for sentence in sentences(wording, order, language)
+    }
+
+
 @pytest.mark.parametrize("held_out", [False, True])
 @pytest.mark.parametrize("kind", MOTIONS)
 def test_captions_say_the_motion(kind: str, held_out: bool) -> None:
     rng = np.random.default_rng(0)
     said = [
-        captions.caption(rng, kind, direction, held_out=held_out, sprite=sprite)
+        caption(rng, kind, direction, held_out=held_out, sprite=sprite, language="en")
         for direction in (1, -1)
         for sprite in (None, "a purple square moves right")
         for _ in range(100)
     ]
-    assert all(0 < len(text) <= captions.LONGEST and "{" not in text for text in said)
+    assert all(0 < len(text) <= LONGEST and "{" not in text for text in said)
     assert len(set(said)) > 100
-    side = kind.split()[-1]
     if kind in PANS and not held_out:
-        words = {side, "rises", "lifts", "sinks", "lowers"}
-        assert all(any(word in text.lower() for word in words) for text in said)
+        assert all(any(plain(word) in plain(text) for word in SIDE_WORDS[kind]) for text in said)
     if kind == "still":
         moving = [text.lower() for text in said if "square" in text.lower()]
         assert moving and all("nothing moves" not in text for text in moving)
 
 
-def test_a_wording_belongs_to_one_motion_and_to_one_split() -> None:
-    owners: dict[str, str] = {}
-    for kind in MOTIONS:
-        assert len(captions.templates(kind)) >= 15
-        assert not set(captions.templates(kind)) & set(captions.templates(kind, held_out=True))
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_sentence_belongs_to_one_motion_one_speed_and_one_split(language: str) -> None:
+    """All sentences that can be made, whoever they might be taken for."""
+    owners: dict[str, tuple[str, int, bool, str]] = {}
+    for motion in every(SOME):
         for held_out in (False, True):
-            for template in captions.templates(kind, held_out):
-                for direction in (1, -1):
-                    text = captions.fill(template, kind, direction)
-                    assert owners.setdefault(text, kind) == kind
+            made = all_said(motion, language, held_out)
+            speed = "usual" if motion.kind == "still" else motion.speed
+            owner = (motion.kind, motion.direction, held_out, speed)
+            taken = [(text, owners[text]) for text in made if owners.setdefault(text, owner) != owner]
+            assert not taken, (owner, taken[:5])
+            enough = {False: 12 if motion.speed == "usual" else 6, True: 2 if motion.speed == "usual" else 1}
+            assert len(made) >= enough[held_out], (owner, len(made))
+    assert all("{" not in text and "  " not in text and text == text.strip() for text in owners)
+
+
+SLOW = r"\b(slow|gent|slight|soft|gradual|a little|a bit|small\b)"
+FAST = r"\b(quick|fast|rapid|swift|strong|a lot|far\b|a long way|big|whip|swish)"
+
+
+def test_speeds_are_said_in_english() -> None:
+    for motion in every(SOME):
+        for text in all_said(motion, "en") | all_said(motion, "en", held_out=True):
+            found = bool(re.search(SLOW, text)), bool(re.search(FAST, text))
+            assert found == (motion.speed == "small", motion.speed == "large"), (motion, text)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("held_out", [False, True])
+def test_captions_fit_the_text_encoder(language: str, held_out: bool) -> None:
+    rng = np.random.default_rng(2)
+    assert LONGEST < 120
+    for motion in every((*MOTIONS, *COMBINATIONS)):
+        for sprite in (None, "an orange square moves right", "a purple ball moves left"):
+            for _ in range(3):
+                text = caption(rng, motion, held_out=held_out, sprite=sprite, language=language)
+                assert len(text.encode()) <= LONGEST
+                if sprite:
+                    assert plain(sprite_clause(sprite, language)) in plain(text)
+
+
+def test_a_quarter_of_the_captions_is_not_english() -> None:
+    rng = np.random.default_rng(0)
+    texts = [caption(rng, draw_motion(rng)) for _ in range(4000)]
+    kana = np.mean([bool(re.search("[\u3041-\u30ff]", text)) for text in texts])
+    chinese = np.mean([bool(re.search("[\u4e00-\u9fff]", t)) and not re.search("[\u3041-\u30ff]", t) for t in texts])
+    german = np.mean(
+        [bool(re.search("nach|zoome|Kamera|kamera|KAMERA|Uhrzeiger|heran|heraus|Bild|Blick", t)) for t in texts]
+    )
+    for share in (kana, chinese, german):
+        assert 0.03 < share < 0.07
+    assert sum(LANGUAGE_SHARES.values()) == pytest.approx(1)
+    assert LANGUAGE_SHARES["en"] == 0.75
+    english = [caption(rng, draw_motion(rng), language="en") for _ in range(500)]
+    assert all(text.isascii() for text in english)
+
+
+def test_a_caption_of_a_kind_alone_is_at_its_usual_speed() -> None:
+    for kind in (*MOTIONS, *COMBINATIONS):
+        for direction in (1, -1):
+            motion = usual_motion(kind, direction)
+            assert (motion.kind, motion.speed) == (kind, "usual")
+            by_kind = caption(np.random.default_rng(4), kind, direction)
+            assert by_kind == caption(np.random.default_rng(4), turned(motion, direction))
 
 
 def test_a_roll_names_the_way_the_camera_turns() -> None:
-    assert captions.fill("the camera rolls {turn}", "roll", 1) == "the camera rolls clockwise"
-    assert captions.fill("the picture turns {turned}", "roll", 1) == "the picture turns counterclockwise"
+    said = said_of(Motion("roll", 10.0, 1))
+    assert captions.fill("the camera rolls {turn}", said) == "the camera rolls clockwise"
+    assert captions.fill("the picture turns {turned}", said) == "the picture turns counterclockwise"
+    both = said_of(Combined((Motion("zoom in", 1.2), Motion("roll", 10.0, -1))))
+    assert captions.fill("{acting2} and {acting1}", both) == "rolling counterclockwise and zooming in"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_sprites_are_told_apart_in_every_language(language: str) -> None:
+    sprites = [
+        Sprite(colour, shape, way, (0.0, 0.0), 0.1, 0.3)
+        for colour in SPRITE_COLOURS
+        for shape in SPRITE_SHAPES
+        for way in SPRITE_WAYS
+    ]
+    clauses = [sprite_clause(sprite.clause, language) for sprite in sprites]
+    assert len(set(clauses)) == len(sprites)
+    if language == "en":
+        assert clauses == [sprite.clause for sprite in sprites]
+
+
+def test_slips_keep_the_words() -> None:
+    """What a careless typist changes is small, and rare."""
+    rng = np.random.default_rng(0)
+    slipped = {captions._slipped(rng, "the camera rolls clockwise", LANGUAGES["en"]) for _ in range(200)}
+    assert {"camera rolls clockwise", "the caemra rolls clockwise"} <= slipped
+    kept = {plain("the camera rolls clockwise"), plain("camera rolls clockwise")}
+    assert {plain(text) for text in slipped} == kept
+    made = all_said(Motion("zoom in", 1.2), "en")
+    typed = [caption(rng, "zoom in", language="en") for _ in range(1000)]
+    bare = [re.sub(r"\.$", "", text).lower() for text in typed]
+    exact = np.mean([any(text.endswith(sentence) for sentence in made) for text in bare])
+    assert 0.9 < exact < 0.99
 
 
 def test_a_clip_is_captioned_with_its_own_motion_and_sprite() -> None:
     clips = world(sprite_probability=1.0)
-    for index in range(30):
+    languages = set()
+    for index in range(100):
         plan = clips.plan(index)
         assert plan.sprite is not None
-        assert plan.sprite.clause in plan.caption.lower()
+        clauses = {code: plain(sprite_clause(plan.sprite.clause, code)) for code in LANGUAGES}
+        (language,) = (code for code, clause in clauses.items() if clause in plain(plan.caption))
+        languages.add(language)
+        camera = plain(plan.caption).replace(clauses[language], "")
+        if language == "en" and plan.motion.kind in PANS:
+            assert any(plain(word) in camera for word in SIDE_WORDS[plan.motion.kind])
         if plan.motion.kind == "zoom out":
             assert not any(w in plan.caption.lower() for w in ("zoom in", "closer", "approach"))
+    assert languages == set(LANGUAGES)
+
+
+def test_what_the_captions_teach_is_told() -> None:
+    known = json.loads(json.dumps(captions.knows()))
+    assert known["motions"] == list(MOTIONS) and known["combinations"] == list(COMBINATIONS)
+    assert known["languages"]["German"] == 0.05 and len(known["languages"]) == len(LANGUAGES)
+    assert known["travel"]["pan"]["small"] == [0.05, 0.10]
+    assert any("walk" in line or "people" in line for line in known["not taught"])
+    for names, kind in SYNONYMS.items():
+        text = " | ".join(all_said(usual_motion(kind), "en"))
+        assert all(re.search(rf"\b{word}", text) for word in re.findall(r"[a-z]+", names) if word != "or"), names
 
 
 # --- the list of photographs and the bank ---------------------------------------------------------
@@ -333,7 +553,7 @@ def blurred(video: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def test_the_measure_names_the_motion_and_shuffled_prompts_do_not() -> None:
-    clips = world(texture_probability=0.5, sprite_probability=0, still_fraction=0.125)
+    clips = world(texture_probability=0.5, sprite_probability=0, still_fraction=0.125, combined_fraction=0)
     pairs = []
     for index in range(40):
         item = clips[index]
@@ -401,11 +621,37 @@ def test_agreement_counts_equal_names() -> None:
         measure_motion.agreement([])
 
 
+@pytest.mark.parametrize("kind", MOVING)
+@pytest.mark.parametrize("bound", [0, -1])
+def test_the_measure_sees_the_smallest_and_the_largest_travel(kind: str, bound: int) -> None:
+    clips = world(texture_probability=0, sprite_probability=0)
+    plan = replace(clips.plan(3, kind), motion=Motion(kind, TRAVELS[kind.split()[0]][bound]))
+    assert measure_motion.measure_motion(clips.render(plan)).kind == kind
+
+
+@pytest.mark.parametrize("kind", ["pan left + zoom in", "zoom out + roll", "pan right + pan down", "pan up + roll"])
+def test_the_measure_sees_both_of_two_motions(kind: str) -> None:
+    clips = world(texture_probability=0, sprite_probability=0)
+    plan = replace(clips.plan(3, kind), motion=usual_motion(kind, -1))
+    found = measure_motion.measure_motion(clips.render(plan))
+    assert found.kind in kind.split(" + ")
+    (a, b, right), (_, _, down) = camera_path(plan.motion, 2, SIZE)[-1].tolist()
+    assert found.pan_x == pytest.approx(right / SIZE[1], abs=0.015)
+    assert found.pan_y == pytest.approx(down / SIZE[0], abs=0.015)
+    assert found.zoom == pytest.approx(1 / math.hypot(a, b), abs=0.02)
+    assert found.roll == pytest.approx(math.degrees(math.atan2(-b, a)), abs=0.6)
+
+
 def test_travel_is_drawn_in_its_range() -> None:
     rng = np.random.default_rng(1)
-    for kind, (low, high) in {"pan up": (0.1, 0.25), "zoom in": (1.15, 1.4), "roll": (8, 20)}.items():
-        travels = [draw_travel(rng, kind).travel for _ in range(200)]
-        assert low <= min(travels) < low + 0.1 * (high - low)
-        assert high - 0.1 * (high - low) < max(travels) <= high
+    for kind, family in {"pan up": "pan", "zoom in": "zoom", "roll": "roll"}.items():
+        for low, high, speed in zip(TRAVELS[family], TRAVELS[family][1:], SPEEDS, strict=False):
+            motions = [draw_travel(rng, kind, speed) for _ in range(200)]
+            travels = [motion.parts[0].travel for motion in motions]
+            assert low <= min(travels) < low + 0.1 * (high - low)
+            assert high - 0.1 * (high - low) < max(travels) <= high
+            assert {motion.speed for motion in motions} == {speed}
     with pytest.raises(ValueError, match="pan left"):
         Motion("sideways")
+    with pytest.raises(ValueError, match="pan left"):
+        draw_travel(rng, "sideways")

@@ -1,241 +1,260 @@
-"""What a nano clip's caption says: many wordings of each motion, and other wordings kept for evaluation."""
+"""What a nano clip's caption says: many wordings of each motion, and other wordings kept for evaluation.
+
+    caption(rng, motion)                        # "a slow pan to the left"
+    caption(rng, motion, language="de")         # "die Kamera schwenkt langsam nach links"
+    caption(rng, "zoom in + roll", -1)          # a kind by name: its usual speed
+
+The wordings themselves are in `wordings`, one file a language. A slow or fast motion is always called so; no word of
+speed means the usual one.
+"""
 
 from __future__ import annotations
 
+import re
+import unicodedata
+from collections.abc import Iterator
+from functools import cache
+from itertools import product
+from typing import Any
+
 import numpy as np
+from motion import COMBINATIONS, MOTIONS, PANS, SPEEDS, TRAVELS, Combined, Motion, usual_motion
+from wordings import ANY, LANGUAGES, Language
 
-LONGEST = 110
+LONGEST = 119
+"""Bytes of UTF-8 in a caption: with its end mark it stays within the 128 tokens of the nano text encoder."""
 
-# {side} and {opposite} are filled for pans (left/right/up/down), {turn} and {turned} for rolls.
-_PAN = (
-    "the camera pans {side}", "the camera pans to the {side}", "camera pans {side}", "pan {side}",
-    "panning {side}", "a slow pan to the {side}", "the camera moves {side}",
-    "the camera moves to the {side} across the scene", "camera moves {side}",
-    "the camera slides to the {side}", "the camera turns {side}", "the view shifts to the {side}",
-    "the view moves {side}", "a smooth camera pan toward the {side}", "the shot pans {side} slowly",
-    "the camera travels {side}", "a {side}ward pan", "move the camera {side}", "camera panning to the {side}",
-    "a gentle pan {side}", "the scene slides to the {opposite} as the camera pans {side}",
-    "the camera drifts {side}", "pan the camera to the {side}", "tracking {side}",
-    "a steady pan from {opposite} to {side}",
-)  # fmt: skip
-_TILT = (
-    "the camera pans {side}", "camera pans {side}", "pan {side}", "panning {side}", "a slow pan {side}",
-    "the camera moves {side}", "the camera tilts {side}", "tilt {side}", "camera tilts {side}",
-    "a slow tilt {side}", "the view moves {side}", "the camera looks {side}",
-    "the camera slides {side} over the scene", "camera moves {side}", "the shot tilts {side} slowly",
-    "a smooth {side}ward pan", "the camera travels {side}", "move the camera {side}",
-    "the view shifts {side}", "a gentle tilt {side}",
-    "the scene slides {opposite} as the camera tilts {side}", "the camera drifts {side}", "tilting {side}",
-    "pan the camera {side}",
-)  # fmt: skip
-_TEMPLATES: dict[str, tuple[str, ...]] = {
-    "pan left": _PAN,
-    "pan right": _PAN,
-    "pan up": (*_TILT, "the camera rises", "the camera lifts toward the top"),
-    "pan down": (*_TILT, "the camera sinks", "the camera lowers toward the bottom"),
-    "zoom in": (
-        "the camera zooms in", "camera zooms in", "zoom in", "zooming in", "slow zoom in", "a slow zoom in",
-        "the camera slowly zooms in", "the camera moves closer", "the camera pushes in", "push in",
-        "the view gets closer", "the camera moves forward", "a gentle zoom in on the center",
-        "the picture grows larger", "the shot zooms in smoothly", "zoom in on the scene",
-        "the camera moves in", "dolly in", "the camera approaches", "moving closer to the subject",
-        "a smooth zoom toward the middle", "the scene comes closer",
-    ),
-    "zoom out": (
-        "the camera zooms out", "camera zooms out", "zoom out", "zooming out", "slow zoom out",
-        "a slow zoom out", "the camera slowly zooms out", "the camera moves away", "the camera pulls back",
-        "pull back", "the view gets wider", "the camera moves backward", "a gentle zoom out from the center",
-        "the picture gets smaller", "the shot zooms out smoothly", "zoom out of the scene",
-        "the camera moves back", "dolly out", "the camera backs away", "moving away from the subject",
-        "a smooth zoom out to a wider view", "the scene moves farther away",
-    ),
-    "roll": (
-        "the camera rolls {turn}", "camera rolls {turn}", "roll {turn}", "rolling {turn}",
-        "a slow {turn} roll", "the camera rotates {turn}", "camera rotation, {turn}",
-        "the camera slowly rolls {turn}", "the picture turns {turned} as the camera rolls {turn}",
-        "a smooth {turn} camera roll", "the camera turns {turn} about its axis", "the camera twists {turn}",
-        "rotate the camera {turn}", "the shot rolls {turn}", "a gentle roll, {turn}",
-        "the horizon turns {turned}",
-    ),
-    "still": (
-        "a static shot, nothing moves", "static shot", "a still shot", "the camera is still",
-        "the camera does not move", "nothing moves", "the camera stays still", "a fixed camera",
-        "a static camera", "no camera movement", "the camera holds still", "the view stays the same", "still",
-        "locked-off shot", "a motionless view", "the scene is still", "the camera stays in place",
-        "a frozen moment", "no motion", "a steady shot, no movement",
-    ),
-}  # fmt: skip
+LANGUAGE_SHARES = {"en": 0.75, "de": 0.05, "fr": 0.05, "es": 0.05, "zh": 0.05, "ja": 0.05}
 
-# Beside whole sentences, sentences put together from parts: a model that has read "the shot tilts up" and "the view
-# gently moves up" has a reason to read words and not sentences.
-_SUBJECTS = (
-    "the camera", "camera", "the view", "the shot", "the frame", "the lens", "the viewpoint", "the whole view",
-    "the picture's frame", "the footage", "the image",
-)  # fmt: skip
-_ADVERBS = ("", "", "slowly", "gently", "smoothly", "steadily", "gradually", "calmly", "quietly", "softly")
-_ADJECTIVES = ("", "slow", "gentle", "smooth", "steady", "gradual", "calm", "soft", "quiet", "long")
-_SIDEWAYS = ("{side}", "{side}", "to the {side}", "toward the {side}", "over to the {side}", "{side}ward")
-_VERTICALLY = ("{side}", "{side}", "{side}ward", "further {side}", "straight {side}")
-_PANS, _TILTS = ("pan", "move", "slide", "shift", "travel", "drift", "turn", "swing"), ("tilt", "pan", "move", "look")
-_VERBS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what is done, and how it goes on
-    "pan left": (_PANS, _SIDEWAYS),
-    "pan right": (_PANS, _SIDEWAYS),
-    "pan up": (_TILTS, _VERTICALLY),
-    "pan down": (_TILTS, _VERTICALLY),
-    "zoom in": (
-        ("zoom", "push", "move", "dolly", "close", "go"),
-        ("in", "in", "in on the scene", "inward", "in closer", "in on the middle"),
-    ),
-    "zoom out": (
-        ("zoom", "pull", "move", "dolly", "draw", "go"),
-        ("out", "out", "out of the scene", "outward", "out wider", "out and further off"),
-    ),
-    "roll": (
-        ("roll", "rotate", "turn", "spin", "twist"),
-        ("{turn}", "{turn}", "in a {turn} direction", "around {turn}"),
-    ),
-    "still": (
-        ("stay", "hold", "rest", "sit", "stand"),
-        ("still", "in place", "fixed", "quite still", "put", "motionless"),
-    ),
-}  # fmt: skip
-_RESTS = (
-    "{subject} does not move", "{subject} is not moving", "{subject} never moves", "no movement of {subject}",
-    "{subject} is static", "{subject} is fixed", "{subject} is motionless", "nothing happens to {subject}",
-    "{subject} keeps its place", "{subject} without any motion", "there is no motion", "there is no camera motion",
-    "no pan, no zoom, no roll", "{subject} does not pan or zoom", "without movement", "an entirely static view",
-)  # fmt: skip
+Facts = frozenset[str]
+Said = tuple[Facts, ...]
+"""What is true of a motion as a whole, and then of each of its two parts if it has two."""
+
+_SLOT = re.compile(r"\{([a-z_]+)([12]?)\}")
 
 
-def _composed(rng: np.random.Generator, kind: str) -> str:
-    """A sentence of parts, unfilled; never one that is held out."""
-    while True:
-        sentence = _sentence(rng, kind)
-        if not any(held_out in sentence for held_out in _HELD_OUT[kind]):
-            return sentence
+def said_of(motion: Motion | Combined) -> Said:
+    """The facts that choose the words for a motion, as `wordings.language` lists them."""
+    parts = tuple(_facts(part) for part in motion.parts)
+    if len(parts) == 1:
+        return parts
+    whole = {ANY, "pair", motion.speed}
+    if all(part.kind in PANS for part in motion.parts):
+        whole |= {"diagonal", " ".join(part.kind.split()[1] for part in motion.parts)}
+    return (frozenset(whole), *parts)
 
 
-def _sentence(rng: np.random.Generator, kind: str) -> str:
-
-    def one(words: tuple[str, ...]) -> str:
-        return words[int(rng.integers(len(words)))]
-
-    verbs, courses = _VERBS[kind]
-    subject, adverb, adjective, verb, course = one(_SUBJECTS), one(_ADVERBS), one(_ADJECTIVES), one(verbs), one(courses)
-    form = int(rng.integers(5))
-    if kind == "still" and rng.random() < 0.5:
-        sentence = one(_RESTS).replace("{subject}", subject)
-    elif form == 0:
-        sentence = f"{subject} {adverb} {_third_person(verb)} {course}"
-    elif form == 1:
-        sentence = f"{subject} {_third_person(verb)} {course} {adverb}"
-    elif form == 2:
-        sentence = f"{adverb} {_gerund(verb)} {course}"
-    elif form == 3:
-        sentence = f"{verb} {subject if subject != 'camera' else 'the camera'} {course}"
-    else:
-        sentence = f"a {adjective} {verb} {course}"
-    return " ".join(sentence.split())
+def _facts(motion: Motion) -> Facts:
+    facts = {ANY, motion.kind, motion.speed}
+    if motion.kind in PANS:
+        side = motion.kind.split()[1]
+        facts |= {side, "sideways" if side in ("left", "right") else "vertical"}
+    if motion.kind == "roll":
+        facts.add("clockwise" if motion.direction > 0 else "counterclockwise")
+    return frozenset(facts)
 
 
-def _third_person(verb: str) -> str:
-    if verb.endswith("ly"):
-        return verb[:-1] + "ies"
-    return verb + ("es" if verb.endswith(("sh", "o")) else "s")
+def _words(slot: re.Match[str], said: Said, language: Language) -> tuple[tuple[str, ...], Said]:
+    """What may stand in a slot, and the facts for the slots in that."""
+    name, part = slot.groups()
+    facts = said[int(part)] if part and int(part) < len(said) else said[0]
+    return next((words for fact, words in language.slots[name].items() if fact in facts), ()), (facts,)
 
 
-def _gerund(verb: str) -> str:
-    if verb in ("pan", "spin", "sit"):
-        verb += verb[-1]
-    return (verb[:-1] if verb.endswith("e") else verb) + "ing"
+def _fits(wording: str, said: Said, language: Language) -> bool:
+    return all(
+        words and all(_fits(word, facts, language) for word in words)
+        for words, facts in (_words(slot, said, language) for slot in _SLOT.finditer(wording))
+    )
 
 
-_HELD_OUT_PAN = (
-    "the camera sweeps {side}", "the camera glides gently to the {side}", "our view pans over to the {side}",
-    "slowly panning the shot toward the {side}", "camera motion: pan {side}",
-)  # fmt: skip
-_HELD_OUT_TILT = (
-    "the camera sweeps {side}", "the camera glides gently {side}", "our view tilts {side}",
-    "slowly tilting the shot {side}", "camera motion: pan {side}",
-)  # fmt: skip
-_HELD_OUT: dict[str, tuple[str, ...]] = {
-    "pan left": _HELD_OUT_PAN,
-    "pan right": _HELD_OUT_PAN,
-    "pan up": _HELD_OUT_TILT,
-    "pan down": _HELD_OUT_TILT,
-    "zoom in": (
-        "the shot slowly zooms in on the subject", "the camera creeps closer", "our view zooms in",
-        "a steady push in toward the center", "camera motion: zoom in",
-    ),
-    "zoom out": (
-        "the shot slowly zooms out from the subject", "the camera eases back and away", "our view zooms out",
-        "a steady pull back to reveal more", "camera motion: zoom out",
-    ),
-    "roll": (
-        "the shot slowly rotates {turn}", "the camera gently rolls {turn}", "our view rolls {turn}",
-        "a steady roll of the camera, {turn}", "camera motion: roll {turn}",
-    ),
-    "still": (
-        "the shot stays static", "the camera remains completely still", "our view does not move at all",
-        "a steady, unmoving picture", "camera motion: none",
-    ),
-}  # fmt: skip
-
-PREFIXES = (
-    "a photo.", "a photograph,", "a picture of a scene,", "a landscape,", "in this video", "in this shot,",
-    "a view,",
-    "a nature scene,", "outdoors,", "a real photo;", "video:", "a close look,", "an image of something,",
-    "a scene where",
-    "cinematic,", "a beautiful picture,", "a detailed photo,",
-)  # fmt: skip
-_OPPOSITES = {"left": "right", "right": "left", "up": "down", "down": "up"}
+def _tells_speed(wording: str, language: Language) -> bool:
+    slots = [language.slots[slot[1]] for slot in _SLOT.finditer(wording)]
+    return any(
+        bool(slot.keys() & set(SPEEDS))
+        or all(_tells_speed(word, language) for words in slot.values() for word in words)
+        for slot in slots
+    )
 
 
-def templates(kind: str, held_out: bool = False) -> tuple[str, ...]:
-    """The wordings of a motion, unfilled; the held-out ones share none with the others."""
-    return (_HELD_OUT if held_out else _TEMPLATES)[kind]
+@cache
+def templates(said: Said, language: str = "en", held_out: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The wordings that fit a motion: its own, and those put together from parts.
+
+    The held-out ones share no sentence with the others.
+    """
+    spoken = LANGUAGES[language]
+    source = spoken.held_out if held_out else spoken.wordings
+    own = [w for key, wordings in source.items() if key in said[0] and key != ANY for w in wordings]
+    made = source.get(ANY, ()) if len(said) == 1 else ()
+
+    def usable(wordings: Iterator[str]) -> tuple[str, ...]:
+        fitting = tuple(w for w in wordings if _fits(w, said, spoken))
+        if said[0] & {"small", "large"}:
+            fitting = tuple(w for w in fitting if _tells_speed(w, spoken))
+        return tuple(dict.fromkeys(fitting))
+
+    return usable(iter(own)), usable(iter(made))
 
 
-def fill(template: str, kind: str, direction: int = 1) -> str:
-    """The wording with its side or turn named; `direction` is +1 for a clockwise roll, -1 for the other."""
-    side = kind.split()[-1] if kind.startswith("pan ") else ""
-    turns = ("clockwise", "counterclockwise")
-    turn, turned = turns if direction > 0 else turns[::-1]
-    return template.format(side=side, opposite=_OPPOSITES.get(side, ""), turn=turn, turned=turned)
+def fill(wording: str, said: Said, language: str = "en", rng: np.random.Generator | None = None) -> str:
+    """A wording with words in its slots: random ones, or the first of each without `rng`."""
+
+    def put(slot: re.Match[str]) -> str:
+        words, facts = _words(slot, said, LANGUAGES[language])
+        word = words[0 if rng is None else int(rng.integers(len(words)))]
+        return fill(word, facts, language, rng) if "{" in word else word
+
+    return _tidy(_SLOT.sub(put, wording))
+
+
+def sentences(wording: str, said: Said, language: str = "en") -> Iterator[str]:
+    """Every sentence that `fill` can make of a wording."""
+    slots = list(_SLOT.finditer(wording))
+    choices = []
+    for slot in slots:
+        words, facts = _words(slot, said, LANGUAGES[language])
+        choices.append([sentence for word in words for sentence in sentences(word, facts, language)])
+    pieces = _SLOT.split(wording)[::3]
+    for chosen in product(*choices):
+        yield _tidy("".join(a + b for a, b in zip(pieces, (*chosen, ""), strict=True)))
+
+
+def _tidy(sentence: str) -> str:
+    return " ".join(sentence.split()).replace(" ,", ",")
 
 
 def caption(
     rng: np.random.Generator,
-    kind: str,
+    motion: Motion | Combined | str,
     direction: int = 1,
     *,
     held_out: bool = False,
     sprite: str | None = None,
+    language: str | None = None,
 ) -> str:
-    """A random sentence, at most 110 characters, that says what the camera does.
+    """A random sentence, at most `LONGEST` bytes, that says what the camera does.
 
-    `sprite` is a clause about what else moves ("a red ball moves left"). One in three has a neutral opening,
-    and case and final full stop vary, as people's prompts do.
+    Args:
+        rng: where the words are drawn from.
+        motion: what it does; or a kind, at its usual speed and with the roll's `direction`.
+        direction: see above.
+        held_out: use the wordings that training never sees; of either sort of wordings a quarter is not English.
+        sprite: what else moves, in English ("a red ball moves left"); it is said in the caption's language.
+        language: a key of `LANGUAGES`; None draws one.
+
+    One in three has a neutral opening, and case, final full stop and small slips vary, as people's prompts do.
     """
-    wordings = templates(kind, held_out)
-    template = wordings[int(rng.integers(len(wordings)))]
-    if not held_out and rng.random() < 0.6:
-        template = _composed(rng, kind)
-    text = fill(template, kind, direction)
-    if sprite and kind == "still":
+    if isinstance(motion, str):
+        motion = usual_motion(motion, direction)
+    if language is None:
+        language = str(rng.choice(list(LANGUAGE_SHARES), p=list(LANGUAGE_SHARES.values())))
+    while True:
+        text = _sentence(rng, motion, language, held_out)
+        if sprite:
+            text = _with_sprite(rng, text, sprite, motion, language, held_out)
+        if _length(text) <= LONGEST:
+            return _as_typed(rng, text, LANGUAGES[language])
+
+
+def _length(text: str) -> int:
+    return len(text.encode())
+
+
+def _sentence(rng: np.random.Generator, motion: Motion | Combined, language: str, held_out: bool) -> str:
+    said = said_of(motion)
+    if len(said) == 3 and rng.random() < 0.5:
+        said = (said[0], said[2], said[1])
+    own, made = templates(said, language, held_out)
+    wordings = made if made and rng.random() < 0.5 else own
+    return fill(wordings[int(rng.integers(len(wordings)))], said, language, rng)
+
+
+def sprite_clause(sprite: str, language: str = "en") -> str:
+    """What is said of a sprite: "a red ball moves left" in another language."""
+    _, colour, shape, _, way = sprite.split()
+    return fill(LANGUAGES[language].sprites[shape], (frozenset({colour, way}),), language)
+
+
+def _with_sprite(
+    rng: np.random.Generator, text: str, sprite: str, motion: Motion | Combined, language: str, held_out: bool
+) -> str:
+    spoken = LANGUAGES[language]
+    if motion.kind == "still":
         # "nothing moves" would be untrue beside a moving sprite.
-        text = ("the camera is still", "static camera", "a fixed camera")[int(rng.integers(3))]
-    if sprite:
-        text = f"{text}, {sprite}" if rng.random() < 0.5 else f"{sprite}, {text}"
+        wordings = (spoken.held_out if held_out else spoken.wordings)["still camera"]
+        text = wordings[int(rng.integers(len(wordings)))]
+    clauses = [text, sprite_clause(sprite, language)]
+    return spoken.comma.join(clauses if rng.random() < 0.5 else clauses[::-1])
+
+
+def _as_typed(rng: np.random.Generator, text: str, language: Language) -> str:
+    """A sentence with an opening or none, as somebody might type it."""
+    if rng.random() < 0.06:
+        text = _slipped(rng, text, language)
     if rng.random() < 1 / 3:
-        opening = PREFIXES[int(rng.integers(len(PREFIXES)))]
-        if len(opening) + 1 + len(text) < LONGEST:
-            text = f"{opening} {text}"
+        opened = language.openings[int(rng.integers(len(language.openings)))] + language.space + text
+        text = opened if _length(opened) <= LONGEST else text
     style = rng.random()
     if style < 0.35:
         text = text[0].upper() + text[1:]
     elif style < 0.38:
-        text = text.upper()
-    if rng.random() < 0.35 and len(text) < LONGEST:
-        text += "."
+        text = text.upper() if _length(text.upper()) <= LONGEST else text
+    elif style < 0.48:
+        text = text.lower()
+    if rng.random() < 0.35 and _length(text + language.full_stop) <= LONGEST:
+        text += language.full_stop
     return text
+
+
+def _slipped(rng: np.random.Generator, text: str, language: Language) -> str:
+    """Two inner letters of a word swapped, "the" left out, or accents left out."""
+    slip = rng.random()
+    if slip < 0.4 and "the " in text:
+        return _tidy(re.sub(r"\bthe ", "", text))
+    if slip < 0.7 and language.accents_dropped:
+        return "".join(c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c))
+    words = list(re.finditer(r"\w{5,}", text)) if language.swaps else []
+    if not words:
+        return text
+    start, end = words[int(rng.integers(len(words)))].span()
+    at = int(rng.integers(start + 1, end - 2))
+    return text[:at] + text[at + 1] + text[at] + text[at + 2 :]
+
+
+SYNONYMS = {
+    "tilt up, crane, boom, jib or pedestal up": "pan up",
+    "tilt down, crane, boom, jib or pedestal down": "pan down",
+    "truck, track, orbit, arc or circle left": "pan left",
+    "truck, track, orbit, arc or circle right": "pan right",
+    "dolly in, push in": "zoom in",
+    "dolly out, pull back": "zoom out",
+}
+"""The photograph is a plane to the nano camera: what would differ by parallax looks the same."""
+
+NOT_TAUGHT = (
+    "people, animals, vehicles, water or anything else in the photograph moving by itself",
+    "new objects or scenes, cuts, changes of light, weather, colour or style",
+    "depth: what is near and what is far move alike, so that an orbit, a truck or a dolly is a pan or a zoom",
+    "three or more motions at once, or one after another",
+    "what the picture shows: captions name no content except the coloured ball or square",
+    "numbers (degrees, percent, seconds): a motion is slow, usual or fast",
+    "other languages than those listed",
+)
+
+
+def knows() -> dict[str, Any]:
+    """What a model trained on these captions has been taught, and what it has not: for a model card; plain values."""
+    return {
+        "motions": list(MOTIONS),
+        "also called": dict(SYNONYMS),
+        "combinations": list(COMBINATIONS),
+        "travel": {
+            family: {speed: list(bounds[i : i + 2]) for i, speed in enumerate(SPEEDS)}
+            for family, bounds in TRAVELS.items()
+        },
+        "travel units": {"pan": "of the frame's width or height", "zoom": "times larger or smaller", "roll": "degrees"},
+        "languages": {LANGUAGES[code].name: share for code, share in LANGUAGE_SHARES.items()},
+        "things that move": "one ball or square in one of nine colours, left, right, up or down",
+        "not taught": list(NOT_TAUGHT),
+    }

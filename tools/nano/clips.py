@@ -20,11 +20,12 @@ from typing import Any, SupportsIndex
 import numpy as np
 import torch
 from captions import caption
-from motion import Motion, camera_path, draw_motion, draw_travel, extent
+from motion import Combined, Motion, camera_path, draw_motion, draw_travel, extent
 from photographs import BANK, SPLITS
-from textures import texture
+from textures import kept_texture
 from torch.nn import functional as F
 
+TEXTURES = 96  # of each split
 OVERSAMPLING = 1.33  # of the picture that the camera looks at: bilinear views then keep their sharpness
 SPRITE_COLOURS = {
     "red": (0.85, 0.12, 0.12), "green": (0.15, 0.65, 0.2), "blue": (0.15, 0.3, 0.85),
@@ -65,23 +66,23 @@ class Sprite:
 
     @property
     def clause(self) -> str:
-        """What the caption says of it."""
-        return f"a {self.colour} {self.shape} moves {self.way}"
+        """What an English caption says of it, and what `caption` takes for any language."""
+        return f"{'an' if self.colour[0] in 'aeiou' else 'a'} {self.colour} {self.shape} moves {self.way}"
 
 
 @dataclass(frozen=True)
 class Plan:
     """Everything random about one clip, before any picture is touched."""
 
-    motion: Motion
+    motion: Motion | Combined
     caption: str
     photograph: int  # -1: a texture
+    texture: int
     zoom: float  # share of the largest view that fits
     place: tuple[float, float]  # of the view inside what it may move in, 0..1 each
     flip: bool
     colour: tuple[float, float, float, float, float]  # brightness, contrast, saturation, warmth, tint
     sprite: Sprite | None
-    texture_seed: int
 
 
 class NanoClips(torch.utils.data.Dataset[dict[str, Any]]):
@@ -94,7 +95,7 @@ class NanoClips(torch.utils.data.Dataset[dict[str, Any]]):
         size: (H, W).
         length: how many items there are; each index below it makes its own clip.
         seed: another seed is another world of clips.
-        texture_probability, sprite_probability, still_fraction: shares of clips.
+        texture_probability, sprite_probability, still_fraction, combined_fraction: shares of clips.
         photographs: uint8 (3, H, W) pictures to use in place of the bank.
         device: where the pictures live and the clips are made.
     """
@@ -110,6 +111,7 @@ class NanoClips(torch.utils.data.Dataset[dict[str, Any]]):
         texture_probability: float = 0.2,
         sprite_probability: float = 0.15,
         still_fraction: float = 0.125,
+        combined_fraction: float = 0.15,
         held_out_captions: bool | None = None,
         photographs: Sequence[torch.Tensor] | None = None,
         device: str | torch.device = "cpu",
@@ -119,7 +121,8 @@ class NanoClips(torch.utils.data.Dataset[dict[str, Any]]):
         self.frames, self.size, self.length, self.seed = frames, size, length, seed
         self.texture_probability = texture_probability
         self.sprite_probability = sprite_probability
-        self.still_fraction = still_fraction
+        self.still_fraction, self.combined_fraction = still_fraction, combined_fraction
+        self.first_texture = SPLITS.index(split) * TEXTURES
         self.held_out_captions = split == "held-out" if held_out_captions is None else held_out_captions
         self.device = torch.device(device)
         pictures = load_photographs(split) if photographs is None else list(photographs)
@@ -144,29 +147,24 @@ class NanoClips(torch.utils.data.Dataset[dict[str, Any]]):
         return {"video": torch.stack([item["video"] for item in items]), **batch}
 
     def plan(self, index: int, kind: str | None = None) -> Plan:
-        """The random choices of item `index`; `kind` sets the camera's motion in place of the drawn one."""
+        """The random choices of item `index`; `kind`, of one motion or two, is taken in place of the drawn one."""
         rng = np.random.default_rng((self.seed, index))
-        motion = draw_motion(rng, self.still_fraction) if self.frames > 1 else Motion("still")
+        moving = self.frames > 1
+        motion = draw_motion(rng, self.still_fraction, self.combined_fraction) if moving else Motion("still")
         if kind is not None:
             motion = draw_travel(rng, kind)
         is_texture = rng.random() < self.texture_probability
-        sprite = self._draw_sprite(rng) if self.frames > 1 and rng.random() < self.sprite_probability else None
+        sprite = self._draw_sprite(rng) if moving and rng.random() < self.sprite_probability else None
         return Plan(
             motion=motion,
-            caption=caption(
-                rng,
-                motion.kind,
-                motion.direction,
-                held_out=self.held_out_captions,
-                sprite=sprite.clause if sprite else None,
-            ),
+            caption=caption(rng, motion, held_out=self.held_out_captions, sprite=sprite.clause if sprite else None),
             photograph=-1 if is_texture else int(rng.integers(len(self.photographs))),
+            texture=self.first_texture + int(rng.integers(TEXTURES)),
             zoom=float(rng.uniform(0.35, 1.0)),
             place=(float(rng.random()), float(rng.random())),
             flip=bool(rng.random() < 0.5),
             colour=tuple(float(c) for c in rng.uniform(-1, 1, 5)),  # type: ignore[arg-type]
             sprite=sprite,
-            texture_seed=int(rng.integers(2**62)),
         )
 
     def _draw_sprite(self, rng: np.random.Generator) -> Sprite:
@@ -189,44 +187,38 @@ class NanoClips(torch.utils.data.Dataset[dict[str, Any]]):
         path = camera_path(plan.motion, self.frames, self.size)
         seen = extent(path, self.size)
         picture, scale = self._picture(plan, seen)
-        left, _, top, _ = seen
-        # Centred frame pixels -> the picture's pixels -> grid_sample's [-1, 1] between outer pixel edges.
-        y = torch.arange(height, device=self.device, dtype=torch.float32) + 0.5 - height / 2
+        y = torch.arange(height, device=self.device, dtype=torch.float32)[:, None] + 0.5 - height / 2
         x = torch.arange(width, device=self.device, dtype=torch.float32) + 0.5 - width / 2
-        p = path.to(self.device)[:, :, :, None, None]
-        source_x = p[:, 0, 0] * x + p[:, 0, 1] * y[:, None] + p[:, 0, 2]
-        source_y = p[:, 1, 0] * x + p[:, 1, 1] * y[:, None] + p[:, 1, 2]
-        grid = torch.stack(
-            [
-                (source_x - left) * (2 * scale[0] / picture.shape[2]) - 1,
-                (source_y - top) * (2 * scale[1] / picture.shape[1]) - 1,
-            ],
-            dim=-1,
-        ).view(1, self.frames * height, width, 2)
-        video = F.grid_sample(picture[None], grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-        video = video.view(3, self.frames, height, width)
-        if plan.sprite is not None:
-            video = self._with_sprite(video, plan, source_x, source_y)
-        return video.clamp_(0, 1).mul_(2).sub_(1)
+        # Centred frame pixels -> the picture's pixels -> grid_sample's [-1, 1] between outer pixel edges.
+        per_pixel = torch.tensor([2 * scale[0] / picture.shape[2], 2 * scale[1] / picture.shape[1]])
+        to_grid = (path - torch.tensor([[0.0, 0.0, seen[0]], [0.0, 0.0, seen[2]]])) * per_pixel[:, None]
+        to_grid[:, :, 2] -= 1
+        video = torch.empty(3, self.frames, height, width, device=self.device)
+        grid = torch.empty(1, height, width, 2, device=self.device)
+        # Frame by frame, so that the grid stays in the processor's cache.
+        for frame, (horizontal, vertical) in enumerate(to_grid.tolist()):
+            for axis, (along_x, along_y, offset) in enumerate((horizontal, vertical)):
+                torch.add(along_x * x, along_y * y + offset, out=grid[0, :, :, axis])
+            video[:, frame] = F.grid_sample(picture[None], grid, padding_mode="border", align_corners=False)[0]
+            if plan.sprite is not None:
+                share = frame / max(1, self.frames - 1)
+                video[:, frame] = self._with_sprite(video[:, frame], plan.sprite, share, path[frame], (x, y))
+        return video.clamp_(-1, 1)
 
     def _picture(self, plan: Plan, seen: tuple[float, float, float, float]) -> tuple[torch.Tensor, tuple[float, float]]:
-        """What the camera sees on its path, (3, h, w) in [0, 1], and its pixels per frame pixel (x, y)."""
+        """What the camera sees on its path, (3, h, w) in [-1, 1], and its pixels per frame pixel (x, y)."""
         seen_width, seen_height = seen[1] - seen[0], seen[3] - seen[2]
-        if plan.photograph < 0:
-            wanted = (round(seen_height * OVERSAMPLING), round(seen_width * OVERSAMPLING))
-            generator = torch.Generator().manual_seed(plan.texture_seed)
-            region = texture(wanted, generator, self.device)
-        else:
-            photograph = self.photographs[plan.photograph]
-            region, ratio = self._region(photograph, plan, (seen_height, seen_width))
-            oversampling = min(OVERSAMPLING, max(1.0, ratio))
-            wanted = (round(seen_height * oversampling), round(seen_width * oversampling))
-            region = F.interpolate(
-                region[None].float(), size=wanted, mode="bilinear", antialias=True, align_corners=False
-            )[0].div_(255)
+        is_texture = plan.photograph < 0
+        photograph = kept_texture(plan.texture, self.device) if is_texture else self.photographs[plan.photograph]
+        region, ratio = self._region(photograph, plan, (seen_height, seen_width))
+        oversampling = min(OVERSAMPLING, max(1.0, ratio))
+        wanted = (round(seen_height * oversampling), round(seen_width * oversampling))
+        if self.device.type != "cpu":
+            region = region.float()  # bytes, several times faster, can be resized on the CPU alone
+        region = F.interpolate(region[None], size=wanted, mode="bilinear", antialias=True, align_corners=False)[0]
         if plan.flip:
             region = region.flip(-1)
-        picture = self._recolour(region, plan.colour)
+        picture = self._recolour(region.float(), plan.colour)
         return picture, (picture.shape[2] / seen_width, picture.shape[1] / seen_height)
 
     def _region(self, photograph: torch.Tensor, plan: Plan, seen: tuple[float, float]) -> tuple[torch.Tensor, float]:
@@ -245,29 +237,36 @@ class NanoClips(torch.utils.data.Dataset[dict[str, Any]]):
 
     @staticmethod
     def _recolour(picture: torch.Tensor, colour: tuple[float, float, float, float, float]) -> torch.Tensor:
-        """Mild changes of brightness, contrast, saturation and white balance; arguments in -1..1."""
+        """(3, h, w) in [-1, 1] of 0..255: mild changes of brightness, contrast, saturation and white balance, each
+        argument in -1..1."""
         brightness, contrast, saturation, warmth, tint = colour
         grey = picture.mean(0, keepdim=True)
         picture = torch.lerp(grey, picture, 1 + 0.25 * saturation)
         gain = torch.tensor([1 + 0.06 * warmth, 1 + 0.04 * tint, 1 - 0.06 * warmth], device=picture.device)
-        picture = (picture * gain[:, None, None] - 0.5) * (1 + 0.15 * contrast) + 0.5 + 0.08 * brightness
-        return picture.clamp_(0, 1)
+        slope = 1 + 0.15 * contrast
+        picture.mul_((gain * (2 * slope / 255))[:, None, None]).add_(0.16 * brightness - slope)
+        return picture.clamp_(-1, 1)
 
     def _with_sprite(
-        self, video: torch.Tensor, plan: Plan, source_x: torch.Tensor, source_y: torch.Tensor
+        self,
+        picture: torch.Tensor,
+        sprite: Sprite,
+        share: float,
+        matrix: torch.Tensor,
+        pixels: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
-        """The video with its sprite painted over: it lives in the first frame's plane and moves in it."""
-        sprite = plan.sprite
-        assert sprite is not None
+        """A frame, 3 H W in [-1, 1], with its sprite painted over: it lives in the first frame's plane and moves in it.
+
+        `share` of its way is done; `matrix` maps the frame's centred `pixels` (x, y) to the first frame's.
+        """
         height, width = self.size
-        side = min(height, width)
         dx, dy = SPRITE_WAYS[sprite.way]
-        share = torch.linspace(0, 1, self.frames, device=self.device)[:, None, None]
-        x = source_x - (sprite.start[0] * width + dx * sprite.travel * width * share)
-        y = source_y - (sprite.start[1] * height + dy * sprite.travel * height * share)
-        radius = sprite.radius * side
+        (a, b, c), (d, e, f) = matrix.tolist()
+        x = a * pixels[0] + b * pixels[1] + (c - (sprite.start[0] + dx * sprite.travel * share) * width)
+        y = d * pixels[0] + e * pixels[1] + (f - (sprite.start[1] + dy * sprite.travel * share) * height)
+        radius = sprite.radius * min(height, width)
         distance = torch.hypot(x, y) if sprite.shape == "ball" else torch.maximum(x.abs(), y.abs())
         cover = (radius + 0.5 - distance).clamp(0, 1)
         light = (1 - 0.25 * (x + y) / radius).clamp(0.6, 1.4)
-        colour = torch.tensor(SPRITE_COLOURS[sprite.colour], device=self.device)[:, None, None, None]
-        return torch.lerp(video, (colour * light).clamp(0, 1), cover)
+        colour = torch.tensor(SPRITE_COLOURS[sprite.colour], device=self.device)[:, None, None]
+        return torch.lerp(picture, (colour * light).clamp(0, 1) * 2 - 1, cover)

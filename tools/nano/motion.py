@@ -1,4 +1,4 @@
-"""The eight motions of the nano world's camera, as similarity transforms of the first frame's plane.
+"""The nano world's camera: eight motions and pairs of them, as similarity transforms of the first frame's plane.
 
 Words: "the camera pans left" means that the camera turns left, so what it shows moves right on the screen;
 "zooms in" means that things grow; "rolls clockwise" means that the camera turns clockwise about its axis, so
@@ -8,7 +8,9 @@ the picture turns counterclockwise. Pixel coordinates are centred on the frame, 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +18,17 @@ import torch
 PANS = {"pan left": (-1, 0), "pan right": (1, 0), "pan up": (0, -1), "pan down": (0, 1)}
 MOTIONS = (*PANS, "zoom in", "zoom out", "roll", "still")
 MOVING = MOTIONS[:-1]
+JOINED = " + "
+_OPPOSED = ({"pan left", "pan right"}, {"pan up", "pan down"}, {"zoom in", "zoom out"})
+COMBINATIONS = tuple(JOINED.join(pair) for pair in combinations(MOVING, 2) if set(pair) not in _OPPOSED)
 
-PAN_TRAVEL = (0.10, 0.25)  # of the frame's width (left, right) or height (up, down)
-ZOOM_TRAVEL = (1.15, 1.40)  # ratio of sizes
-ROLL_TRAVEL = (8.0, 20.0)  # degrees
+SPEEDS = ("small", "usual", "large")
+TRAVELS: dict[str, tuple[float, float, float, float]] = {  # the bounds of small, usual and large travel
+    "pan": (0.05, 0.10, 0.25, 0.40),  # of the frame's width (left, right) or height (up, down)
+    "zoom": (1.09, 1.15, 1.40, 1.70),  # ratio of sizes
+    "roll": (5.0, 8.0, 20.0, 30.0),  # degrees
+}
+SPEED_SHARES = (0.25, 0.5, 0.25)
 LARGEST_EASE = 0.6
 
 
@@ -41,26 +50,104 @@ class Motion:
         if self.kind not in MOTIONS:
             raise ValueError(f"motion {self.kind!r}; one of {', '.join(MOTIONS)}")
 
+    @property
+    def parts(self) -> tuple[Motion, ...]:
+        """The motion itself, as the only one of its parts."""
+        return (self,)
 
-def draw_motion(rng: np.random.Generator, still_fraction: float = 1 / len(MOTIONS)) -> Motion:
-    """A random motion: still with `still_fraction`, else one of the seven others with equal chance."""
-    kind = "still" if rng.random() < still_fraction else MOVING[int(rng.integers(len(MOVING)))]
-    return draw_travel(rng, kind)
+    @property
+    def speed(self) -> str:
+        """One of `SPEEDS`, by the travel; the usual one for a still camera."""
+        if self.kind == "still":
+            return "usual"
+        _, small, large, _ = TRAVELS[self.kind.split()[0]]
+        return "small" if self.travel < small else "large" if self.travel > large else "usual"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for `motion_from_dict`."""
+        return asdict(self)
 
 
-def draw_travel(rng: np.random.Generator, kind: str) -> Motion:
-    """A motion of the given kind with a random travel, direction and ease."""
-    u, direction, ease = rng.random(), (1 if rng.random() < 0.5 else -1), float(rng.random()) * LARGEST_EASE
-    if kind == "still":
+@dataclass(frozen=True)
+class Combined:
+    """Two motions at the same time, in the order of `MOTIONS`: a diagonal pan, a pan while zooming, and so on."""
+
+    parts: tuple[Motion, Motion]
+
+    def __post_init__(self) -> None:
+        if self.kind not in COMBINATIONS:
+            raise ValueError(f"motions {self.kind!r}; one of {', '.join(COMBINATIONS)}")
+
+    @property
+    def kind(self) -> str:
+        """The names of the parts: "pan left + zoom in"."""
+        return JOINED.join(part.kind for part in self.parts)
+
+    @property
+    def direction(self) -> int:
+        """Of the roll, if one of the parts is one."""
+        return next((part.direction for part in self.parts if part.kind == "roll"), 1)
+
+    @property
+    def speed(self) -> str:
+        """What both parts have in common; the usual one where they differ."""
+        first, second = (part.speed for part in self.parts)
+        return first if first == second else "usual"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for `motion_from_dict`."""
+        return {"kind": self.kind, "parts": [part.as_dict() for part in self.parts]}
+
+
+def motion_from_dict(values: dict[str, Any]) -> Motion | Combined:
+    """The motion that `as_dict` wrote."""
+    if "parts" in values:
+        return _together([Motion(**part) for part in values["parts"]])
+    return Motion(**values)
+
+
+def usual_motion(kind: str, direction: int = 1) -> Motion | Combined:
+    """A motion of the given kind in the middle of its usual travel."""
+    parts = []
+    for part in kind.split(JOINED):
+        _, low, high, _ = TRAVELS.get(part.split()[0], (0.0, 0.0, 0.0, 0.0))
+        parts.append(Motion(part, math.sqrt(low * high), direction))
+    return _together(parts)
+
+
+def draw_motion(
+    rng: np.random.Generator, still_fraction: float = 1 / len(MOTIONS), combined_fraction: float = 0.15
+) -> Motion | Combined:
+    """A random motion: still or combined with these chances, else one of the seven others with equal chance."""
+    u = rng.random()
+    if u < still_fraction:
+        return Motion("still")
+    kinds = COMBINATIONS if u > 1 - combined_fraction else MOVING
+    return draw_travel(rng, kinds[int(rng.integers(len(kinds)))])
+
+
+def draw_travel(rng: np.random.Generator, kind: str, speed: str | None = None) -> Motion | Combined:
+    """A motion of the given kind, at the given speed or a random one, with a random travel, direction and ease.
+
+    The parts of a combination share speed and ease.
+    """
+    drawn = SPEEDS[int(rng.choice(len(SPEEDS), p=SPEED_SHARES))]
+    ease = float(rng.random()) * LARGEST_EASE
+    return _together([_drawn(rng, part, speed or drawn, ease) for part in kind.split(JOINED)])
+
+
+def _together(parts: list[Motion]) -> Motion | Combined:
+    return parts[0] if len(parts) == 1 else Combined(tuple(parts))  # type: ignore[arg-type]
+
+
+def _drawn(rng: np.random.Generator, kind: str, speed: str, ease: float) -> Motion:
+    u, direction = rng.random(), (1 if rng.random() < 0.5 else -1)
+    if kind not in MOVING:
         return Motion(kind)
-    if kind in PANS:
-        low, high = PAN_TRAVEL
-        return Motion(kind, low + u * (high - low), ease=ease)
-    if kind == "roll":
-        low, high = ROLL_TRAVEL
-        return Motion(kind, low + u * (high - low), direction, ease)
-    low, high = (math.log(z) for z in ZOOM_TRAVEL)
-    return Motion(kind, math.exp(low + u * (high - low)), ease=ease)
+    bounds = TRAVELS[kind.split()[0]]
+    low, high = bounds[SPEEDS.index(speed) :][:2]
+    # Even in the logarithm, which for a ratio is what the eye sees; over these ranges it favours the smaller travels.
+    return Motion(kind, low * (high / low) ** u, direction if kind == "roll" else 1, ease)
 
 
 def progress(frames: int, ease: float) -> torch.Tensor:
@@ -71,24 +158,26 @@ def progress(frames: int, ease: float) -> torch.Tensor:
     return (1 - ease) * u + ease * (3 - 2 * u) * u * u
 
 
-def camera_path(motion: Motion, frames: int, size: tuple[int, int]) -> torch.Tensor:
+def camera_path(motion: Motion | Combined, frames: int, size: tuple[int, int]) -> torch.Tensor:
     """(T, 2, 3) maps from centred pixels of each frame to those of the first frame; row 0 is the identity.
 
-    `size` is the frame's (H, W) in pixels.
+    `size` is the frame's (H, W) in pixels. Each frame's map is pan · zoom · roll of all parts: the window is turned
+    and scaled about its middle, and its middle moves in the first frame's plane.
     """
     height, width = size
-    share = progress(frames, motion.ease)
     scale, angle = torch.ones(frames), torch.zeros(frames)
     shift = torch.zeros(frames, 2)
-    if motion.kind in PANS:
-        toward = torch.tensor([width * float(PANS[motion.kind][0]), height * float(PANS[motion.kind][1])])
-        shift = motion.travel * share[:, None] * toward
-    elif motion.kind == "zoom in":
-        scale = torch.exp(-math.log(motion.travel) * share)
-    elif motion.kind == "zoom out":
-        scale = torch.exp(math.log(motion.travel) * share)
-    elif motion.kind == "roll":
-        angle = math.radians(motion.travel) * motion.direction * share
+    for part in motion.parts:
+        share = progress(frames, part.ease)
+        if part.kind in PANS:
+            toward = torch.tensor([width * float(PANS[part.kind][0]), height * float(PANS[part.kind][1])])
+            shift = shift + part.travel * share[:, None] * toward
+        elif part.kind == "zoom in":
+            scale = scale * torch.exp(-math.log(part.travel) * share)
+        elif part.kind == "zoom out":
+            scale = scale * torch.exp(math.log(part.travel) * share)
+        elif part.kind == "roll":
+            angle = angle + math.radians(part.travel) * part.direction * share
     cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
     # With y down, (cos, -sin; sin, cos) turns the looked-at window clockwise on the screen.
     rows = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], dim=1)

@@ -1,14 +1,17 @@
 """Textures without a photograph: dead leaves (occluding discs with a power law of sizes) and 1/f noise.
 
 Both have the statistics that matter to an autoencoder, edges at every scale and the spectrum of natural
-images, and cost a few milliseconds. All randomness is drawn on the CPU, so all devices make the same picture.
+images. All randomness is drawn on the CPU, so all devices make the same picture.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
+
+TEXTURE_SIDE = 512
 
 
 def noise(size: tuple[int, int], generator: torch.Generator, device: str | torch.device = "cpu") -> torch.Tensor:
@@ -64,3 +67,10 @@ def texture(size: tuple[int, int], generator: torch.Generator, device: str | tor
     if float(torch.rand((), generator=generator)) < 0.75:
         return dead_leaves(size, generator, device)
     return noise(size, generator, device)
+
+
+@cache
+def kept_texture(seed: int, device: str | torch.device = "cpu") -> torch.Tensor:
+    """Texture number `seed`, uint8 (3, 512, 512) as a photograph is; made once, as it costs more than a whole clip."""
+    made = texture((TEXTURE_SIDE, TEXTURE_SIDE), torch.Generator().manual_seed(seed), device)
+    return (255 * made).round_().to(torch.uint8)
