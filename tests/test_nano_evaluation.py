@@ -20,7 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools" / "nano"))
 
 import evaluate
 import goals
-from evaluate import cropped, main, make_cases, measure_autoencoder, measure_generation, measure_sizes, update_card
+from evaluate import (
+    cropped,
+    language_of,
+    main,
+    make_cases,
+    measure_autoencoder,
+    measure_generation,
+    measure_sizes,
+    update_card,
+)
 from figures import (
     along_asked,
     colour_shift,
@@ -39,6 +48,7 @@ from measure_motion import estimate_path, refine
 from motion import MOTIONS, MOVING, Motion, camera_path
 from sheets import STRIP, Shown, case_sheet, overview
 from textures import dead_leaves
+from wordings import LANGUAGES
 
 from fsae import FSAE
 from fsae.data.video import to_frames
@@ -286,6 +296,14 @@ def test_cases_take_motions_in_turn_and_photographs_from_everywhere() -> None:
     assert {case.prompt for case in make_cases(photographs, 38, (64, 48), 1)} != {case.prompt for case in cases}
 
 
+def test_every_motion_is_asked_for_in_english_and_in_others() -> None:
+    said = [(MOTIONS[index % len(MOTIONS)], language_of(index)) for index in range(80)]
+    for kind in MOTIONS:
+        languages = [language for asked, language in said if asked == kind]
+        assert languages.count("en") == 5
+        assert len(set(languages)) == len(LANGUAGES)
+
+
 def test_a_photograph_is_cropped_to_its_middle() -> None:
     photograph = torch.from_numpy(noise(40, 100, 3)).permute(2, 0, 1)
     assert np.array_equal(cropped(photograph, (40, 40)), photograph[:, :, 30:70].permute(1, 2, 0).numpy())
@@ -299,6 +317,8 @@ def test_a_photograph_is_cropped_to_its_middle() -> None:
         (["--cases", "0"], "--cases is 0; give at least 1"),
         (["--autoencoder", "x", "--parts", "sizes"], "measure the others with --model"),
         (["--card", "--parts", "sizes"], "--card writes every figure"),
+        (["--card", "--model", "nowhere"], "nowhere/README.md is no card with the lines"),
+        (["--model", "nowhere", "--parts", "command"], "there is no model folder nowhere"),
     ],
 )
 def test_mistakes_get_a_sentence(given: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

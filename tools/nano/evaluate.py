@@ -13,7 +13,8 @@ It prints one table and ends with exit code 1 where a goal is missed, 2 where th
     command       `fsvideo generate` as a user runs it, timed
 
 A case is a held-out photograph and one of the eight motions, each in its turn, asked for in words that training never
-saw. The camera is measured in the finished frames; the control hands the prompts out at random.
+saw: half of the cases in English, the others in each other language in turn. The camera is measured in the finished
+frames; the control hands the prompts out at random.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ from motion import MOTIONS, MOVING
 from PIL import Image
 from sheets import Shown, case_sheet, overview, write_png
 from tqdm import tqdm
+from wordings import LANGUAGES
 
 from fsae import FSAE
 from fsae.data.video import to_frames
@@ -95,6 +97,7 @@ class Case:
     photograph: int
     photo: NDArray[np.uint8]
     asked: str
+    language: str
     prompt: str
 
     @property
@@ -113,16 +116,23 @@ def cropped(photograph: torch.Tensor, size: tuple[int, int]) -> NDArray[np.uint8
     return np.array(picture.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height)))
 
 
+def language_of(index: int) -> str:
+    """English for half of the motions in one round and for the others in the next; other languages in turn between."""
+    english, *others = LANGUAGES
+    return english if (index + index // len(MOTIONS)) % 2 == 0 else others[index // 2 % len(others)]
+
+
 def make_cases(photographs: Sequence[torch.Tensor], count: int, size: tuple[int, int], world: int) -> list[Case]:
     """`count` cases: the motions in turn, photographs from all over the bank; another world has other wordings."""
     cases = []
     for index in range(count):
         rng = np.random.default_rng((7, world, index))
         asked = MOTIONS[index % len(MOTIONS)]
-        prompt = caption(rng, asked, 1 if rng.random() < 0.5 else -1, held_out=True)
+        language = language_of(index)
+        prompt = caption(rng, asked, 1 if rng.random() < 0.5 else -1, held_out=True, language=language)
         # Neighbours in the bank are of one package; a stride without a common factor visits them all.
         chosen = (7 * index + 11 * world) % len(photographs)
-        cases.append(Case(index, chosen, cropped(photographs[chosen], size), asked, prompt))
+        cases.append(Case(index, chosen, cropped(photographs[chosen], size), asked, language, prompt))
     return cases
 
 
@@ -188,8 +198,9 @@ class Finished:
     def record(self) -> dict[str, Any]:
         """The case in JSON."""
         case = self.case
-        named = {"size": written(case.size), "photograph": case.photograph, "asked": case.asked, "prompt": case.prompt}
-        return {**named, "measured": vars(self.measured), "seconds": self.seconds}
+        named = {"size": written(case.size), "photograph": case.photograph, "asked": case.asked}
+        said = {"language": case.language, "prompt": case.prompt}
+        return {**named, **said, "measured": vars(self.measured), "seconds": self.seconds}
 
 
 def generate(pipeline: FSVideoPipeline, case: Case, seed: int) -> Finished:
@@ -206,7 +217,8 @@ def generated(pipeline: FSVideoPipeline, cases: Sequence[Case], sheets: Path | N
         video = generate(pipeline, case, case.index)
         if sheets is not None:
             name = f"{written(case.size)}-{case.index:03d}-{case.asked.replace(' ', '-')}.png"
-            text = f"photograph {case.photograph}, asked {case.asked}, measured {video.measured.kind}: {case.prompt}"
+            asked = f"photograph {case.photograph}, asked {case.asked}, measured {video.measured.kind}"
+            text = f"{asked}, {case.language}: {case.prompt}"
             write_png(case_sheet(case.photo, video.frames, text), sheets / name)
         yield video
 
@@ -269,7 +281,8 @@ def measure_generation(
     found.notes = {
         "cases: held-out photograph x motion x wording": f"{count} on "
         f"{len({video.case.photograph for video in videos})} photographs",
-        "agreement by motion": by_motion(videos),
+        "agreement by motion": shares([video.case.asked for video in videos], videos),
+        "agreement by language": shares([video.case.language for video in videos], videos),
         "median travel by motion, as measured": travels(videos),
         "machine": f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}",
     }
@@ -329,11 +342,12 @@ def agreement_of(videos: Iterable[Finished]) -> Measured:
     return found
 
 
-def by_motion(videos: Sequence[Finished]) -> str:
-    """Agreement of each motion."""
-    pairs = [video.pair for video in videos]
-    shares = {kind: [pair for pair in pairs if pair[0] == kind] for kind in MOTIONS}
-    return ", ".join(f"{kind} {agreement(of_kind):.0%}" for kind, of_kind in shares.items() if of_kind)
+def shares(names: Sequence[str], videos: Sequence[Finished]) -> str:
+    """Agreement of the videos of each name."""
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for name, video in zip(names, videos, strict=True):
+        pairs.setdefault(name, []).append(video.pair)
+    return ", ".join(f"{name} {agreement(of_name):.0%}" for name, of_name in pairs.items())
 
 
 def travels(videos: Sequence[Finished]) -> str:
@@ -357,7 +371,7 @@ def measure_command(model: Path | None) -> Measured:
         UserError: the command failed, and what it said.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(Path(sys.executable).with_name("fsvideo")), "generate", str(PHOTO), COMMAND_PROMPT]
+        command = [sys.executable, "-m", "fsvideo_pipeline", "generate", str(PHOTO), COMMAND_PROMPT]
         command += ["-o", str(Path(folder) / "out.mp4"), *(["--model", str(model)] if model else [])]
         start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)
@@ -372,27 +386,41 @@ def measure_command(model: Path | None) -> Measured:
 
 
 def measure(arguments: argparse.Namespace) -> Measured:
-    """The parts that were asked for."""
+    """The parts that were asked for; what each has found is kept before the next begins."""
     found, folder, count = Measured(), arguments.model or packaged_model(), arguments.cases
     photographs = load_photographs("held-out") if set(arguments.parts) != {"command"} else []
+
+    def keep(part: Measured) -> None:
+        found.add(part)
+        if arguments.json is not None:
+            write_json(found, arguments.json)
+
     if "autoencoder" in arguments.parts:
         source = arguments.autoencoder or folder / "autoencoder"
         model = FSAE.from_pretrained(source, torch_dtype=torch.float32).eval()
         model.to(memory_format=torch.channels_last_3d)
-        found.add(measure_autoencoder(partial(through, model), photographs, count))
+        keep(measure_autoencoder(partial(through, model), photographs, count))
     if {"generation", "sizes"} & set(arguments.parts):
         pipeline = FSVideoPipeline.from_pretrained(folder)
         if "generation" in arguments.parts:
-            found.add(measure_generation(pipeline, photographs, count, arguments.sheets))
+            keep(measure_generation(pipeline, photographs, count, arguments.sheets))
         if "sizes" in arguments.parts:
-            found.add(measure_sizes(pipeline, photographs, (count + 1) // 2, arguments.sheets))
+            keep(measure_sizes(pipeline, photographs, (count + 1) // 2, arguments.sheets))
     if "command" in arguments.parts:
-        found.add(measure_command(arguments.model))
+        keep(measure_command(arguments.model))
     return found
 
 
-def update_card(card: Path, table: str) -> None:
-    """Put the table between the card's two marks.
+def write_json(found: Measured, path: Path) -> None:
+    """Figures, notes and cases."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"figures": found.figures, "notes": found.notes, "cases": found.cases}, indent=1)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def around_the_table(card: Path) -> tuple[str, str]:
+    """What stands before and after the table of a card, its marks included.
 
     Raises:
         UserError: there is no such card, or it has no marks.
@@ -400,27 +428,32 @@ def update_card(card: Path, table: str) -> None:
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     if BEGIN not in text or END not in text:
         raise UserError(f"{card} is no card with the lines {BEGIN} and {END}; write them where the table belongs")
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
+    return text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+
+
+def update_card(card: Path, table: str) -> None:
+    """Put the table between the card's two marks."""
+    before, after = around_the_table(card)
     with atomic_path(card) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+        temporary.write_text(f"{before}\n{table}\n{after}", encoding="utf-8")
+
+
+def card_of(arguments: argparse.Namespace) -> Path:
+    """The model's card."""
+    return (arguments.model or packaged_model()) / "README.md"
 
 
 def report(found: Measured, arguments: argparse.Namespace) -> None:
-    """Write and print what was found."""
+    """Print what was found; write the overview and the card."""
     print(found.table())
     for case in found.cases:
         if case["asked"] != case["measured"]["kind"]:
-            print(f"{case['size']}, asked {case['asked']}, measured {case['measured']['kind']}: {case['prompt']!r}")
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(arguments.json) as temporary:
-            text = json.dumps({"figures": found.figures, "notes": found.notes, "cases": found.cases}, indent=1)
-            temporary.write_text(text + "\n", encoding="utf-8")
+            measured, words = case["measured"]["kind"], f"{case['prompt']!r} ({case['language']})"
+            print(f"{case['size']}, asked {case['asked']}, measured {measured}: {words}")
     if arguments.sheets is not None and found.shown:
         write_png(overview(found.shown), arguments.sheets / "overview.png")
     if arguments.card:
-        update_card((arguments.model or packaged_model()) / "README.md", found.table())
+        update_card(card_of(arguments), found.table())
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -450,6 +483,8 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--autoencoder gives one part of a pipeline; measure the others with --model")
     if arguments.card and set(arguments.parts) != set(PARTS):
         raise UserError("--card writes every figure; leave --parts and --autoencoder out")
+    if arguments.card:
+        around_the_table(card_of(arguments))  # a card without room is told of before an hour's work
     return arguments
 
 
