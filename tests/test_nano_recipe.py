@@ -1,4 +1,4 @@
-"""What the nano recipe tells the autoencoder is where things were."""
+"""What the known camera teaches the nano autoencoder, and that its recipe runs."""
 
 from __future__ import annotations
 
@@ -10,59 +10,129 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools" / "nano"))
 
+from clips import NanoClips
 from motion import Motion, camera_path
-from told import CODE_CHANNELS, CODE_UNIT, OFFSET_UNIT, MotionTask, centres, displacement, motion_code, told_latents
+from tasks import CameraClips, ClipTask, Lessons, SeeingTask, Weights, latents_of_frames, loosen, without_code
+from velocity import CODE_CHANNELS, between, centres, motion_code, velocity
 
 from fsae import FSAE
+from fsae.inflation import inflate
+from fsae.layers.motion import VELOCITY_UNIT, MotionField
+
+MOTIONS = [Motion("pan left", 0.2), Motion("zoom in", 1.3, ease=0.4), Motion("roll", 15.0), Motion("still")]
 
 
-@pytest.mark.parametrize(
-    "motion", [Motion("pan left", 0.2), Motion("zoom in", 1.3), Motion("roll", 15.0), Motion("still")]
-)
-def test_displacement_finds_the_content_in_frame_0(motion: Motion) -> None:
-    """A smooth picture moved by the camera equals frame 0 looked at where the displacement says."""
+def nano() -> FSAE:
+    torch.manual_seed(0)
+    model = FSAE.from_preset("nano")
+    inflate(model)
+    return model
+
+
+def clips(frames: int, side: int, count: int) -> dict[str, torch.Tensor]:
+    world = NanoClips("train", frames, (side, side), texture_probability=1.0, photographs=[], seed=3)
+    return CameraClips([world], [count])[0]
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_the_maps_between_frames_lead_content_to_itself(motion: Motion) -> None:
+    """A smooth picture seen by the camera: frame 8 equals frame 4 looked at where the map says."""
     path = camera_path(motion, 9, (64, 64))
 
-    def picture(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return torch.sin(0.09 * x + 0.04 * y) + torch.cos(0.07 * y)
+    def seen(frame: int, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        a, b, c, d, e, f = path[frame].flatten()
+        at_x, at_y = a * x + b * y + c, d * x + e * y + f
+        return torch.sin(0.09 * at_x + 0.04 * at_y) + torch.cos(0.07 * at_y)
 
     y, x = centres(64, 64).view(-1, 1), centres(64, 64).view(1, -1)
-    for frame in (0, 5, 8):
-        a, b, c, d, e, f = path[frame].flatten()
-        moved = picture(d * x + e * y + f, a * x + b * y + c)
-        shift = displacement(path[None], torch.tensor([float(frame)]), centres(64, 64), centres(64, 64))[0, 0]
-        torch.testing.assert_close(picture(y + shift[..., 0], x + shift[..., 1]), moved, rtol=0, atol=1e-4)
+    (a, b, c), (d, e, f) = between(path[None], torch.tensor([8]), torch.tensor([4]))[0, 0]
+    torch.testing.assert_close(seen(4, d * x + e * y + f, a * x + b * y + c), seen(8, y, x), rtol=0, atol=1e-4)
 
 
-def test_the_code_of_a_pan_is_its_travel_so_far() -> None:
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_the_true_velocities_add_up_to_where_the_camera_says_things_were(motion: Motion) -> None:
+    path = camera_path(motion, 9, (128, 128))[None]
+    made = MotionField(1, 4, 8, 1e-5, False).added_up(velocity(path, (128, 128), (16, 16)))[0, -2:, -1]
+    maps = path[0, -1]
+    at = centres(16, 128)
+    truth = torch.stack([maps[1, 0] * at + maps[1, 1] * at.view(-1, 1) + maps[1, 2] - at.view(-1, 1),
+                         maps[0, 0] * at + maps[0, 1] * at.view(-1, 1) + maps[0, 2] - at])  # fmt: skip
+    torch.testing.assert_close(made[:, 4:12, 4:12], truth[:, 4:12, 4:12], rtol=0, atol=0.02)
+
+
+def test_the_code_of_a_pan_is_its_speed() -> None:
     path = camera_path(Motion("pan right", 0.25), 9, (64, 128))[None]
-    code = motion_code(path, 3, 64, 128)
+    code = motion_code(path, (64, 128))
     assert code.shape == (1, CODE_CHANNELS, 3, 1, 2)
-    rows, columns = code.view(2, 2, 2, 2, 3, 1, 2).unbind(3)  # instant y x axis t h w
-    assert rows.abs().max() < 1e-6
-    # Latent 2 stands for frames 5 to 8; the whole travel, a quarter of 128 pixels, is reached at frame 8.
-    for instant, pixels in ((0, 32 * 5 / 8), (1, 32.0)):
-        torch.testing.assert_close(columns[instant, :, :, 2] * CODE_UNIT, torch.full((2, 2, 1, 2), pixels))
+    rows, columns = code.unflatten(1, (4, 2)).unbind(2)
+    assert rows.abs().max() < 1e-6 and columns[:, :, 0].abs().max() == 0
+    # A quarter of 128 pixels in 8 frames: 16 pixels a latent.
+    torch.testing.assert_close(columns[:, :, 1:] * VELOCITY_UNIT, torch.full((1, 4, 2, 1, 2), 16.0))
 
 
-def test_told_latents_are_those_of_frames_with_the_code_after_the_first() -> None:
-    torch.manual_seed(0)
-    model = FSAE.from_preset("nano").eval()
+def test_places_of_the_code_are_rows_before_columns() -> None:
+    """In a zoom the velocity grows from the middle: what is left of it goes left, above it up."""
+    code = motion_code(camera_path(Motion("zoom out", 1.3), 5, (64, 64))[None], (64, 64))[0, :, 1, 0, 0]
+    top_left, top_right, bottom_left, _ = code.view(4, 2)
+    assert top_left[0] == pytest.approx(float(top_right[0])) and top_left[1] == pytest.approx(float(bottom_left[1]))
+    assert top_left[0] == pytest.approx(-float(bottom_left[0])) and top_left[1] == pytest.approx(-float(top_right[1]))
+    assert abs(float(top_left[0])) > 0.1
+
+
+def test_frames_as_pictures_are_the_pictures_own_latents() -> None:
+    model = nano().eval()
     video = torch.rand(1, 3, 5, 64, 64) * 2 - 1
-    path = camera_path(Motion("pan up", 0.2), 5, (64, 64))[None]
     with torch.no_grad():
-        latents, features = told_latents(model, video, path)
-        first, last = model.encoder(video[:, :, :1]), model.encoder(video[:, :, 4:])
-    torch.testing.assert_close(latents[:, :, :1], first, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(latents[:, CODE_CHANNELS:, 1:], last[:, CODE_CHANNELS:], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(latents[:, :CODE_CHANNELS, 1:], motion_code(path, 2, 64, 64)[:, :, 1:])
+        latents, features = latents_of_frames(model, video)
+        last = model.encoder(video[:, :, 4:])
+    torch.testing.assert_close(latents[:, :, 1:], last, rtol=1e-4, atol=1e-4)
     assert [tuple(f.shape[2:]) for f in features] == [(64 >> s, 64 >> s) for s in range(7)]
+    assert not without_code(latents)[:, :CODE_CHANNELS].any()
 
 
-def test_true_offsets_have_no_error_and_others_do() -> None:
-    path = camera_path(Motion("zoom out", 1.3), 9, (64, 64))[None]
-    instants = torch.tensor([0.0, 0.0, 1.0, 4.0, 5.0, 8.0])
-    truth = displacement(path, instants, centres(4, 64), centres(4, 64)) / OFFSET_UNIT
-    told = truth.view(1, 3, 2, 4, 4, 2).permute(0, 1, 3, 4, 2, 5).flatten(-2)
-    assert float(MotionTask._offset_error(told, path, 64, 64)) < 1e-6
-    assert float(MotionTask._offset_error(told[..., [2, 3, 0, 1]], path, 64, 64)) > 1e-3
+def test_loosened_taps_leave_pictures_as_they_were_and_clips_not() -> None:
+    model, still, moving = nano().eval(), torch.rand(1, 3, 1, 64, 64), torch.rand(1, 3, 5, 64, 64)
+    with torch.no_grad():
+        before = [model.encoder(x) for x in (still, moving)]
+        loosen(model.encoder)
+        after = [model.encoder(x) for x in (still, moving)]
+    torch.testing.assert_close(after[0], before[0], rtol=1e-3, atol=1e-3)
+    assert (after[1] - before[1]).abs().max() > 1e-2
+
+
+def test_lessons_begin_easily_and_items_come_in_turn() -> None:
+    worlds = [NanoClips("train", n, (64, 64), texture_probability=1.0, photographs=[]) for n in (1, 5)]
+    easy, hard = CameraClips([worlds[0]], [2]), CameraClips(worlds, [1, 3])
+    lessons = Lessons(easy, hard, 2)
+    assert [tuple(lessons.sample(i)["video"].shape[:3]) for i in range(4)] == [
+        (2, 3, 1),
+        (2, 3, 1),
+        (1, 3, 1),
+        (3, 3, 5),
+    ]
+    assert lessons.order(0, 1, 1, 1, 0).micro_batch(7, 0) == [(7,)]
+
+
+def test_what_is_held_of_the_encoder_stays_and_the_truth_costs_nothing() -> None:
+    model = nano()
+    task = SeeingTask(model, nano().requires_grad_(False), clips(5, 64, 1))
+    batch = clips(5, 64, 2)
+    with torch.no_grad():
+        model.encoder.stages[1].blocks[0].conv1.weight.add_(0.1)
+        terms = task.loss(batch, torch.Generator())
+    conv, total = next((c, t) for c, t in task.held if c is model.encoder.stages[1].blocks[0].conv1)
+    torch.testing.assert_close(conv.weight.sum(2), total, rtol=1e-4, atol=1e-5)
+    assert terms["first"] < 1e-3 and terms["code"] > 0
+
+
+def test_the_camera_is_told_only_where_it_is_asked_for() -> None:
+    """With told motion the decoder's clip does not depend on what the encoder put into the motion channels."""
+    batch, made = clips(5, 64, 1), {}
+    for told in (0.0, 1.0):
+        for shift in (0.0, 5.0):
+            model = nano().eval()
+            with torch.no_grad():
+                model.encoder.conv_out.bias[:CODE_CHANNELS] += shift
+                task = ClipTask(model, Weights(alone=0.0, told=told), batch)
+                made[told, shift] = task.loss(batch, torch.Generator().manual_seed(0))["l1"].item()
+    assert made[1.0, 0.0] == made[1.0, 5.0] and made[0.0, 0.0] != made[0.0, 5.0]

@@ -34,6 +34,7 @@ from torch.utils.data import Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano"))
 
 from captions import caption
+from motion import motion_from_dict
 from numpy.random import default_rng
 
 from fsae.checkpoint import save_state
@@ -47,7 +48,7 @@ from fsdit.model import FSDiT
 from fsdit.training import FlowMatchingTask
 
 ROOT = Path(__file__).resolve().parents[2]
-CLIPS = ROOT / "build" / "nano" / "clips"
+CLIPS = ROOT / "build" / "nano" / "latents" / "clips-128x128"
 BUILD = ROOT / "build" / "claims" / "layer-memory"
 MEASURED = ROOT / "docs" / "measured"
 ENCODERS = ROOT / "packages" / "fsvideo-pipeline" / "src" / "fsvideo_pipeline" / "models" / "nano"
@@ -117,7 +118,7 @@ def encoded_clips() -> dict[str, Tensor]:
         return load_file(file)
     stored, plans = load_file(CLIPS.with_suffix(".safetensors")), json.loads(CLIPS.with_suffix(".json").read_text())
     words = [
-        caption(default_rng((index, 0)), plan["kind"], plan["direction"], sprite=plan["sprite"])
+        caption(default_rng((index, 0)), motion_from_dict(plan["motion"]), sprite=plan["sprite"])
         for index, plan in enumerate(plans)
     ]
     text_encoder, image_encoder = load_encoders(ENCODERS, 128)

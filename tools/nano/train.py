@@ -1,24 +1,27 @@
 """Trains every part of the nano model on the nano world, stage by stage.
 
     python tools/nano/train.py images        # the autoencoder, on single images
-    python tools/nano/train.py videos        # on moving clips
-    python tools/nano/train.py decoder       # its encoder frozen, the decoder alone
-    python tools/nano/train.py cache         # clips as latents, for the stages below (needs videos)
+    python tools/nano/train.py seeing        # its encoder learns to see motion
+    python tools/nano/train.py following     # its decoder learns to follow motion (can run beside `seeing`)
+    python tools/nano/train.py together      # both, end to end
+    python tools/nano/train.py cache         # clips as latents, for the stages below
     python tools/nano/train.py base          # the transformer and its two encoders
     python tools/nano/train.py upsampler
     python tools/nano/train.py refiner       # starts from the base transformer
     python tools/nano/train.py export        # the pipeline's folder, half precision
 
 Each stage reads what earlier ones left under build/nano, and goes on where it was stopped. `--minutes` bounds a
-stage's time.
+stage's time. `all` runs every stage in turn, and `--smoke` all of them with a few updates each, into build/nano-smoke.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +35,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from captions import caption
 from clips import NanoClips, Plan
-from motion import camera_path
-from told import MotionTask, TrackedClips, told_latents
+from motion import motion_from_dict
+from tasks import CameraClips, ClipTask, Lessons, SeeingTask, Weights, loosen, one_item
 
 from fsae import FSAE
-from fsae.checkpoint import save_state
+from fsae.checkpoint import load_state, save_state
 from fsae.inflation import inflate
 from fsae.initialization import start_small
-from fsae.training.autoencoder import AutoencoderTask
+from fsae.losses.perceptual import PerceptualLoss
+from fsae.training.autoencoder import measure_latent_statistics
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
+from fsae.training.order import DataOrder
 from fsdit.conditioning import load_encoders, resize_for_clip
 from fsdit.config import TransformerConfig
 from fsdit.data import LatentClip
@@ -55,14 +60,10 @@ from fsupsampler.training import train_refiner, train_upsampler
 from fsupsampler.upsampler import LatentUpsampler
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "nano"
 MODEL = ROOT / "packages" / "fsvideo-pipeline" / "src" / "fsvideo_pipeline" / "models" / "nano"
 
 FRAMES, HIGH, LOW = 33, 256, 128
 """The video that the nano model makes by default, and the base model's size."""
-
-BASE_CLIPS, PAIRED_CLIPS = 1000, 160
-"""Clips kept as latents: at the base model's size alone, and at both sizes."""
 
 BASE_FLOW, REFINER_FLOW = FlowSchedule(shift=3.0), FlowSchedule(shift=5.0)
 """Less shift than for large clips: these have 36 and 144 tokens."""
@@ -71,259 +72,334 @@ IMAGE_SIZE = 64
 """What the image encoder sees of the first frame."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """How long a stage goes on, and where.
+
+    Attributes:
+        folder: what the stages leave for each other.
+        steps: updates in all; of `cache`, percent of its clips.
+        minutes: save and stop after this time; 0 for no limit.
+        perceptual: files of LPIPS's trunk and heads; none leaves it out.
+        export: the pipeline's folder.
+    """
+
+    folder: Path
+    steps: int
+    minutes: float = 0.0
+    perceptual: tuple[str, ...] = ()
+    export: Path = MODEL
+
+    def part(self, stage: str, part: str) -> Path:
+        """The folder of a trained part."""
+        return self.folder / stage / part
+
+    def autoencoder(self, stage: str) -> FSAE:
+        """The autoencoder that a stage left."""
+        return FSAE.from_pretrained(self.part(stage, "autoencoder")).to(memory_format=torch.channels_last_3d)
+
+
 # --- the autoencoder -------------------------------------------------------------------------------------------------
 
 
-def validation_images(count: int) -> Tensor:
-    """Held-out photographs, `count 3 1 128 128`."""
-    held_out = NanoClips("held-out", 1, (LOW, LOW), texture_probability=0.0, seed=1)
-    return torch.stack([held_out[i]["video"] for i in range(count)])
+def worlds(seed: int, kinds: Sequence[tuple[int, int, int, int]], split: str = "train") -> CameraClips:
+    """Batches of several lengths and sizes in turn: of each kind its frames, height, width and clips a batch."""
+    made = [NanoClips(split, frames, (h, w), seed=seed + i) for i, (frames, h, w, _) in enumerate(kinds)]
+    return CameraClips(made, [count for *_, count in kinds])
 
 
-class Alternating(torch.utils.data.Dataset[dict[str, Any]]):
-    """Several clip lengths and sizes in turn, for batches of one: item i comes from world i % n."""
-
-    def __init__(self, worlds: list[TrackedClips]) -> None:
-        self.worlds = worlds
-
-    def __len__(self) -> int:
-        return len(self.worlds) * min(len(world) for world in self.worlds)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.worlds[index % len(self.worlds)][index // len(self.worlds)]
+def held_out(frames: int, side: int, count: int) -> dict[str, Tensor]:
+    """Clips of held-out photographs, and the camera's path in them."""
+    clips = NanoClips("held-out", frames, (side, side), texture_probability=0.0, sprite_probability=0.0, seed=1)
+    return CameraClips([clips], [count])[0]
 
 
-def moving_worlds(seed: int) -> Alternating:
-    """Mostly 17 frames at 128 pixels, some 5 frames at 256."""
-    sizes = [(17, LOW)] * 3 + [(5, HIGH)]
-    worlds = [NanoClips("train", frames, (size, size), seed=seed + s) for s, (frames, size) in enumerate(sizes)]
-    return Alternating([TrackedClips(world) for world in worlds])
-
-
-def autoencoder_loop(stage: str, minutes: float, steps: int, batch_size: int, rate: float) -> LoopConfig:
+def autoencoder_loop(stage: str, run: Run, optimizer: OptimizerConfig) -> LoopConfig:
     """The autoencoder's stages differ in little."""
     return LoopConfig(
-        output_dir=str(BUILD / stage),
-        max_steps=steps,
-        batch_size=batch_size,
-        optimizer=OptimizerConfig(learning_rate=rate),
+        output_dir=str(run.folder / stage),
+        max_steps=run.steps,
+        optimizer=optimizer,
         schedule=ScheduleConfig("constant", warmup_steps=50),
         ema_decay=0.995,
         mixed_precision="bf16",
-        max_minutes=minutes,
+        max_minutes=run.minutes,
         validate_every=200,
-        save_every=200,
+        save_every=100,
     )
 
 
-def images(minutes: float, steps: int) -> None:
+class Singles(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Clips one by one, small and large in turn, for the latents' statistics."""
+
+    def __init__(self, seed: int) -> None:
+        self.worlds = [NanoClips("train", FRAMES, (side, side), seed=seed + side) for side in (LOW, LOW, HIGH)]
+
+    def __len__(self) -> int:
+        return 10_000
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"video": self.worlds[index % 3][index]["video"]}
+
+
+IMAGES = [(1, LOW, LOW, 4), (1, 64, 128, 8), (1, LOW, LOW, 4), (1, 192, LOW, 2), (1, HIGH, HIGH, 1)]
+"""What the autoencoder sees at first; each kind in turn."""
+
+SHORT = [(5, 64, 64, 8), (9, 64, 64, 4), (5, 64, 128, 4), (9, 128, 64, 2)]
+"""Where the encoder learns to see motion: small crops, a few latents."""
+
+CLIPS = [
+    (17, LOW, LOW, 1), (9, 64, 128, 2), (33, 64, 64, 2), (17, 128, 64, 2), (9, 192, 128, 1), (33, 64, 128, 1),
+    (5, HIGH, HIGH, 1), (17, LOW, LOW, 1), (9, 128, 192, 1), (33, LOW, LOW, 1),
+]  # fmt: skip
+"""Every length, several sizes and shapes; speeds are those of whole frames, so that large ones are fast."""
+
+
+def images(run: Run) -> None:
     """The autoencoder on single images: one temporal tap is trained, at a third of the cost."""
     torch.manual_seed(0)
     model = FSAE.from_preset("nano").to(memory_format=torch.channels_last_3d)
     start_small(model)
     inflate(model)
-    loop = autoencoder_loop("images", minutes, steps, batch_size=4, rate=1.5e-4)
-    task = AutoencoderTask(model, validation=validation_images(32))
-    result = train(task, NanoClips("train", 1, (LOW, LOW)), loop)
-    result.export("autoencoder").save_pretrained(BUILD / "images" / "autoencoder")  # type: ignore[operator]
+    loop = autoencoder_loop("images", run, OptimizerConfig(kind="muon", learning_rate=3e-4, matrix_learning_rate=4e-4))
+    task = ClipTask(model, Weights(alone=0.5), held_out(1, LOW, 16))
+    trained = train(task, worlds(0, IMAGES), loop, one_item).export("autoencoder")
+    # Only the sum of the temporal taps was trained; a clip's latents are then those of its frames as images.
+    inflate(trained)
+    trained.save_pretrained(run.part("images", "autoencoder"))  # type: ignore[operator]
 
 
-def videos(minutes: float, steps: int) -> None:
-    """Moving clips: the decoder learns to follow what the latents say, the encoder what to say of each frame."""
-    model = FSAE.from_pretrained(BUILD / "images" / "autoencoder").to(memory_format=torch.channels_last_3d)
-    inflate(model)
-    loop = autoencoder_loop("videos", minutes, steps, batch_size=1, rate=1.5e-4)
-    trained = train(MotionTask(model, 0.5, 0.0, validation_moving()), moving_worlds(10), loop).export("autoencoder")
+def seeing(run: Run) -> None:
+    """The encoder learns to see motion: small crops at first, then what it will meet."""
+    before = run.autoencoder("images")
+    model = copy.deepcopy(before)
+    loosen(model.encoder)
+    loop = autoencoder_loop("seeing", run, OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.98)))
+    task = SeeingTask(model, before.requires_grad_(False), held_out(17, LOW, 16))
+    trained = train(task, Lessons(worlds(50, SHORT), worlds(60, CLIPS), 1500), loop, one_item).export("encoder")
+    save_state(trained.state_dict(), run.part("seeing", "encoder.safetensors"))
+
+
+def following(run: Run) -> None:
+    """The decoder learns to follow a motion that it is told, the encoder frozen; beside `seeing`."""
+    model = run.autoencoder("images")
+    loop = autoencoder_loop("following", run, OptimizerConfig(learning_rate=3e-4))
+    task = ClipTask(model, Weights(told=1.0, code=0.0), held_out(17, LOW, 8), encoder="of pictures")
+    trained = train(task, worlds(80, CLIPS), loop, one_item).export("autoencoder")
+    trained.save_pretrained(run.part("following", "autoencoder"))  # type: ignore[operator]
+
+
+def together(run: Run) -> None:
+    """Encoder and decoder on what the encoder itself makes of clips; nothing is told any more."""
+    model = run.autoencoder("following")
+    load_state(model.encoder, run.part("seeing", "encoder.safetensors"))
+    loop = autoencoder_loop("together", run, OptimizerConfig(learning_rate=1.5e-4))
+    perceptual = PerceptualLoss.from_files(*run.perceptual) if run.perceptual else None
+    task = ClipTask(model, Weights(perceptual=0.1 if perceptual else 0.0), held_out(17, LOW, 8), perceptual)
+    trained = train(task, worlds(120, CLIPS), loop, one_item).export("autoencoder")
     assert isinstance(trained, FSAE)
-    # Only the sum of the encoder's temporal taps was trained; a clip's latents are then those of its frames as images.
-    inflate(trained.encoder)
-    mean, std = told_statistics(trained, 100)
+    mean, std = measure_latent_statistics(trained, Singles(150), 60)
     trained.register_to_config(latents_mean=mean, latents_std=std)
-    trained.save_pretrained(BUILD / "videos" / "autoencoder")
+    trained.save_pretrained(run.part("together", "autoencoder"))
 
 
-def decoder(minutes: float, steps: int) -> None:
-    """The decoder alone: latents stay what the later stages have learned."""
-    model = FSAE.from_pretrained(BUILD / "videos" / "autoencoder").to(memory_format=torch.channels_last_3d)
-    model.encoder.requires_grad_(False)
-    loop = autoencoder_loop("decoder", minutes, steps, batch_size=1, rate=1.5e-4)
-    trained = train(MotionTask(model, 0.3, 0.5, validation_moving()), moving_worlds(20), loop).export("autoencoder")
-    trained.save_pretrained(BUILD / "decoder" / "autoencoder")  # type: ignore[operator]
-
-
-def validation_moving() -> list[dict[str, Any]]:
-    """Clips of held-out photographs."""
-    held_out = NanoClips("held-out", 17, (LOW, LOW), texture_probability=0.0, seed=1)
-    return [TrackedClips(held_out)[i] for i in range(8)]
-
-
-@torch.no_grad()
-def told_statistics(model: FSAE, count: int) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of told latents, over clips of both sizes."""
-    parts = []
-    for size in (LOW, HIGH):
-        clips = TrackedClips(NanoClips("train", FRAMES, (size, size), seed=40))
-        for index in range(count):
-            clip = clips[index]
-            with torch.autocast("cpu", torch.bfloat16):
-                latents, _ = told_latents(model, clip["video"].unsqueeze(0), clip["path"].unsqueeze(0))
-            parts.append(latents[0].double().flatten(1))
-    values = torch.cat(parts, dim=1)
-    return values.mean(1).tolist(), values.std(1).tolist()
+def decoder(run: Run) -> None:
+    """The decoder alone: latents stay what the transformers have learned."""
+    model = run.autoencoder("together")
+    loop = autoencoder_loop("decoder", run, OptimizerConfig(learning_rate=1.5e-4))
+    perceptual = PerceptualLoss.from_files(*run.perceptual) if run.perceptual else None
+    weights = Weights(perceptual=0.2 if perceptual else 0.0, code=0.0, alone=0.1)
+    task = ClipTask(model, weights, held_out(17, LOW, 8), perceptual, encoder="frozen")
+    trained = train(task, worlds(180, CLIPS), loop, one_item).export("autoencoder")
+    trained.save_pretrained(run.part("decoder", "autoencoder"))  # type: ignore[operator]
 
 
 # --- clips as latents ------------------------------------------------------------------------------------------------
 
+BASE_SIZES = [
+    (LOW, LOW, 420), (LOW, 192, 110), (192, LOW, 110), (192, 320, 60), (320, 192, 40), (256, 256, 80), (128, 256, 50),
+    (256, 128, 50),
+]  # fmt: skip
+"""Height, width and number of the clips that the transformer learns from."""
+
+PAIR_SIZES = [(HIGH, HIGH, 90), (HIGH, 384, 30), (384, HIGH, 30), (384, 640, 14), (512, 512, 12)]
+"""Those of the clips that upsampler and refiner learn from, at the larger of both sizes."""
+
 
 class Recaptioned:
-    """Encoded clips, each told in new words in every epoch.
+    """Encoded clips of several sizes, each batch of one size, each clip told in new words in every epoch.
 
     Args:
-        tensors: `low` and, for pairs, `high` latents `M C t h w`, and `image`, first frames `M 3 S S`.
-        plans: what happens in each clip.
+        groups: by size, `low` and, for pairs, `high` latents `M C t h w`, and `image`, first frames `M 3 S S`.
+        plans: what happens in each clip of each group.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], plans: list[dict[str, Any]]) -> None:
-        self.tensors, self.plans = tensors, plans
+    def __init__(self, groups: list[dict[str, Tensor]], plans: list[list[dict[str, Any]]]) -> None:
+        self.groups, self.plans = groups, plans
 
     def __len__(self) -> int:
-        return len(self.plans)
+        return sum(map(len, self.plans))
 
-    def words(self, index: int, epoch: int) -> str:
+    def order(self, seed: int, batch_size: int, accumulation: int, processes: int, rank: int) -> SizeOrder:
+        """Batches of one size each; a size comes as often as it has clips."""
+        return SizeOrder([len(plans) for plans in self.plans], seed, batch_size * accumulation * processes, batch_size)
+
+    def words(self, plan: dict[str, Any], index: int, epoch: int) -> str:
         """A caption of the clip, new in each epoch."""
-        plan = self.plans[index]
-        rng = np.random.default_rng((index, epoch))
-        return caption(rng, plan["kind"], plan["direction"], sprite=plan["sprite"])
+        return caption(np.random.default_rng((index, epoch)), motion_from_dict(plan["motion"]), sprite=plan["sprite"])
 
-    def sample(self, index: int, epoch: int) -> LatentClip | LatentPair:
+    def sample(self, group: int, index: int, epoch: int) -> LatentClip | LatentPair:
         """One clip's latents, under the names that its training expects."""
-        values = {name: tensor[index].float() for name, tensor in self.tensors.items()}
+        values = {name: tensor[index].float() for name, tensor in self.groups[group].items()}
         if "high" not in values:
             values["latents"] = values.pop("low")
-        return {**values, "caption": self.words(index, epoch)}  # type: ignore[typeddict-item, return-value]
+        words = self.words(self.plans[group][index], index, epoch)
+        return {**values, "caption": words}  # type: ignore[typeddict-item, return-value]
 
-    def __getitem__(self, index: int) -> LatentClip | LatentPair:
-        return self.sample(index, 0)
+
+class SizeOrder:
+    """One process's batches: a size drawn by (seed, step) in proportion to its clips, then clips of it in turn."""
+
+    def __init__(self, lengths: Sequence[int], seed: int, samples: int, batch_size: int) -> None:
+        self.lengths, self.seed, self.samples, self.batch_size = lengths, seed, samples, batch_size
+        self.orders = [DataOrder(length, seed + group, 1) for group, length in enumerate(lengths)]
+
+    def position(self, step: int) -> tuple[int, int]:
+        """(epoch, offset) of a step's first sample."""
+        return divmod(step * self.samples, sum(self.lengths))
+
+    def micro_batch(self, step: int, micro: int) -> list[tuple[int, int, int]]:
+        """(group, index, epoch) of each sample; never more of a group than it has clips."""
+        rng = np.random.default_rng((self.seed, step, micro))
+        group = int(rng.choice(len(self.lengths), p=np.array(self.lengths) / sum(self.lengths)))
+        count = min(self.batch_size, self.lengths[group])
+        first = int(rng.integers(1_000_000)) * count
+        return [(group, *self.orders[group].entry(number)) for number in range(first, first + count)]
 
 
 def described(plan: Plan) -> dict[str, Any]:
     """What a caption is made of."""
-    sprite = plan.sprite.clause if plan.sprite else None
-    return {"kind": plan.motion.kind, "direction": plan.motion.direction, "sprite": sprite}
+    return {"motion": plan.motion.as_dict(), "sprite": plan.sprite.clause if plan.sprite else None}
 
 
 @torch.inference_mode()
-def encode_clips(model: FSAE, clips: NanoClips, count: int, *, paired: bool, name: str) -> None:
-    """Write the latents of `count` clips, and what happens in them, to build/nano."""
+def encode_clips(run: Run, model: FSAE, clips: NanoClips, count: int, *, paired: bool, name: str) -> None:
+    """Write the latents of `count` clips, and what happens in them; nothing where that is done."""
+    listing = run.folder / "latents" / f"{name}.json"
+    if listing.exists() and len(json.loads(listing.read_text())) == count:
+        return
     kept: dict[str, list[Tensor]] = {"low": [], "image": []} | ({"high": []} if paired else {})
     plans = []
     for index in tqdm(range(count), desc=f"encoding {name}", unit="clip"):
         plan = clips.plan(index)
         plans.append(described(plan))
         video = clips.render(plan).unsqueeze(0)
-        path = camera_path(plan.motion, clips.frames, clips.size).unsqueeze(0)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(clips.device.type, torch.bfloat16):
             if paired:
-                kept["high"].append(model.normalize(told_latents(model, video, path)[0].float()).half())
-                video, path = halve(video), path * torch.tensor([1.0, 1.0, 0.5])
-            kept["low"].append(model.normalize(told_latents(model, video, path)[0].float()).half())
-        kept["image"].append(resize_for_clip(video[:, :, 0], IMAGE_SIZE).half())
-    save_state({key: torch.cat(values) for key, values in kept.items()}, BUILD / f"{name}.safetensors")
-    (BUILD / f"{name}.json").write_text(json.dumps(plans))
+                kept["high"].append(model.encode(video).half().cpu())
+                video = halve(video)
+            kept["low"].append(model.encode(video).half().cpu())
+        kept["image"].append(resize_for_clip(video[:, :, 0], IMAGE_SIZE).half().cpu())
+    save_state({key: torch.cat(values) for key, values in kept.items()}, listing.with_suffix(".safetensors"))
+    listing.write_text(json.dumps(plans))
 
 
-def cached(name: str) -> Recaptioned:
-    """What `encode_clips` wrote."""
-    return Recaptioned(load_file(BUILD / f"{name}.safetensors"), json.loads((BUILD / f"{name}.json").read_text()))
+def cached(run: Run, kind: str) -> Recaptioned:
+    """What `cache` wrote, of clips or of pairs."""
+    listings = sorted((run.folder / "latents").glob(f"{kind}-*.json"))
+    groups = [load_file(listing.with_suffix(".safetensors")) for listing in listings]
+    return Recaptioned(groups, [json.loads(listing.read_text()) for listing in listings])
 
 
-def cache(minutes: float, steps: int) -> None:
-    """Encode the clips of the transformer's and the refiner's training; `steps` is how many for the transformer."""
-    model = FSAE.from_pretrained(BUILD / "videos" / "autoencoder").to(memory_format=torch.channels_last_3d).eval()
+def cache(run: Run) -> None:
+    """Encode the clips of the transformer's and the refiner's training; `run.steps` is percent of them."""
+    model = run.autoencoder("together").eval()
+    (run.folder / "latents").mkdir(exist_ok=True)
     options = {"texture_probability": 0.1, "sprite_probability": 0.08}
-    clips = NanoClips("train", FRAMES, (LOW, LOW), seed=30, **options)
-    encode_clips(model, clips, steps, paired=False, name="clips")
-    clips = NanoClips("train", FRAMES, (HIGH, HIGH), seed=31, **options)
-    encode_clips(model, clips, round(steps * PAIRED_CLIPS / BASE_CLIPS), paired=True, name="pairs")
+    for kind, sizes in (("clips", BASE_SIZES), ("pairs", PAIR_SIZES)):
+        for number, (height, width, count) in enumerate(sizes):
+            clips = NanoClips("train", FRAMES, (height, width), seed=300 + number + 100 * (kind == "pairs"), **options)
+            wanted = max(2, round(count * run.steps / 100))
+            encode_clips(run, model, clips, wanted, paired=kind == "pairs", name=f"{kind}-{height}x{width}")
 
 
 # --- the models of latents -------------------------------------------------------------------------------------------
 
 
-def latent_loop(stage: str, minutes: float, steps: int, batch_size: int, rate: float) -> LoopConfig:
+def latent_loop(stage: str, run: Run, batch_size: int, rate: float) -> LoopConfig:
     """The latents' stages differ in little."""
     return LoopConfig(
-        output_dir=str(BUILD / stage),
-        max_steps=steps,
+        output_dir=str(run.folder / stage),
+        max_steps=run.steps,
         batch_size=batch_size,
         optimizer=OptimizerConfig(learning_rate=rate, weight_decay=0.01),
         schedule=ScheduleConfig("constant", warmup_steps=50),
         ema_decay=0.995,
-        max_minutes=minutes,
+        max_minutes=run.minutes,
         save_every=200,
     )
 
 
-def base(minutes: float, steps: int) -> None:
+def base(run: Run) -> None:
     """The transformer and its encoders, all from random weights."""
     config = TransformerConfig(
         data="the nano world",
-        autoencoder=str(BUILD / "videos" / "autoencoder"),
-        loop=latent_loop("base", minutes, steps, batch_size=32, rate=6e-4),
+        autoencoder=str(run.part("together", "autoencoder")),
+        loop=latent_loop("base", run, batch_size=32, rate=6e-4),
         frames=FRAMES,
         height=LOW,
         width=LOW,
         flow=BASE_FLOW,
     )
-    train_transformer(config, cached("clips"))
+    train_transformer(config, cached(run, "clips"))
 
 
-def upsampler(minutes: float, steps: int) -> None:
+def upsampler(run: Run) -> None:
     """The latent upsampler, on latents alone."""
     config = UpsamplerConfig(
         data="the nano world",
-        autoencoder=str(BUILD / "videos" / "autoencoder"),
-        loop=latent_loop("upsampler", minutes, steps, batch_size=8, rate=3e-4),
+        autoencoder=str(run.part("together", "autoencoder")),
+        loop=latent_loop("upsampler", run, batch_size=8, rate=3e-4),
         frames=FRAMES,
         loss=UpsamplerLoss(latent=1.0, pixel=0.0, perceptual=0.0),
     )
-    train_upsampler(config, cached("pairs"))
+    train_upsampler(config, cached(run, "pairs"))
 
 
-def refiner(minutes: float, steps: int) -> None:
+def refiner(run: Run) -> None:
     """The refiner, from the base transformer, on drafts of the base's own one-step estimates."""
     config = RefinerConfig(
         data="the nano world",
-        autoencoder=str(BUILD / "videos" / "autoencoder"),
-        encoders=str(BUILD / "base"),
-        model=str(BUILD / "base" / "transformer"),
-        base=str(BUILD / "base" / "transformer"),
+        autoencoder=str(run.part("together", "autoencoder")),
+        encoders=str(run.folder / "base"),
+        model=str(run.part("base", "transformer")),
+        base=str(run.part("base", "transformer")),
         base_flow=BASE_FLOW,
-        upsampler=str(BUILD / "upsampler" / "upsampler"),
-        loop=latent_loop("refiner", minutes, steps, batch_size=8, rate=3e-4),
+        upsampler=str(run.part("upsampler", "upsampler")),
+        loop=latent_loop("refiner", run, batch_size=8, rate=3e-4),
         frames=FRAMES,
         flow=REFINER_FLOW,
     )
-    train_refiner(config, cached("pairs"))
+    train_refiner(config, cached(run, "pairs"))
 
 
-def export(minutes: float, steps: int) -> None:
+def export(run: Run) -> None:
     """Write the pipeline in half precision; the decoder's last stage is taken if it was run."""
     from fsvideo_pipeline.pipeline import FSVideoPipeline
     from fsvideo_pipeline.settings import Settings
 
-    stage = "decoder" if (BUILD / "decoder" / "autoencoder").is_dir() else "videos"
-    transformer = FSDiT.from_pretrained(BUILD / "base" / "transformer")
-    text_encoder, image_encoder = load_encoders(BUILD / "base", transformer.config.text_len)
+    stage = "decoder" if run.part("decoder", "autoencoder").is_dir() else "together"
+    transformer = FSDiT.from_pretrained(run.part("base", "transformer"))
+    text_encoder, image_encoder = load_encoders(run.folder / "base", transformer.config.text_len)
     pipeline = FSVideoPipeline(
-        autoencoder=FSAE.from_pretrained(BUILD / stage / "autoencoder").half(),
+        autoencoder=FSAE.from_pretrained(run.part(stage, "autoencoder")).half(),
         text_encoder=text_encoder.model.half(),
         tokenizer=text_encoder.tokenizer,
         image_encoder=image_encoder.model.half(),
         transformer=transformer.half(),
-        upsampler=LatentUpsampler.from_pretrained(BUILD / "upsampler" / "upsampler").half(),
-        refiner=FSDiT.from_pretrained(BUILD / "refiner" / "refiner").half(),
-        mask=DynamicMask.from_pretrained(BUILD / "refiner" / "dynamic_mask"),
+        upsampler=LatentUpsampler.from_pretrained(run.part("upsampler", "upsampler")).half(),
+        refiner=FSDiT.from_pretrained(run.part("refiner", "refiner")).half(),
+        mask=DynamicMask.from_pretrained(run.part("refiner", "dynamic_mask")),
         settings=Settings(
             area=HIGH * HIGH,
             frames=FRAMES,
@@ -334,32 +410,50 @@ def export(minutes: float, steps: int) -> None:
             refiner_shift=REFINER_FLOW.shift,
         ),
     )
-    pipeline.save_pretrained(MODEL)
-    size = sum(file.stat().st_size for file in MODEL.rglob("*") if file.is_file())
-    print(f"wrote {MODEL.relative_to(ROOT)}, {size / 1e6:.1f} MB")
+    pipeline.save_pretrained(run.export)
+    size = sum(file.stat().st_size for file in run.export.rglob("*") if file.is_file())
+    print(f"wrote {run.export}, {size / 1e6:.1f} MB")
 
 
-STAGES: dict[str, tuple[Callable[[float, int], None], int]] = {
-    "images": (images, 6000),
-    "videos": (videos, 8000),
-    "decoder": (decoder, 8000),
-    "cache": (cache, BASE_CLIPS),
-    "base": (base, 4000),
-    "upsampler": (upsampler, 2000),
-    "refiner": (refiner, 2000),
+STAGES: dict[str, tuple[Callable[[Run], None], int]] = {
+    "images": (images, 20_000),
+    "seeing": (seeing, 20_000),
+    "following": (following, 10_000),
+    "together": (together, 20_000),
+    "cache": (cache, 100),
+    "base": (base, 20_000),
+    "upsampler": (upsampler, 4000),
+    "refiner": (refiner, 6000),
+    "decoder": (decoder, 20_000),
     "export": (export, 0),
 }
 
+SMOKE = {"cache": 1, "export": 0}
+"""Updates of a smoke run where they are not two."""
+
 
 def main() -> None:
-    """Run one stage."""
+    """Run one stage, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=list(STAGES))
-    parser.add_argument("--minutes", type=float, default=0.0, help="save and stop after this time; 0 for no limit")
-    parser.add_argument("--steps", type=int, help="updates in all, if not the stage's own number (cache: clips)")
+    parser.add_argument("stage", nargs="?", default="all", choices=[*STAGES, "all"])
+    parser.add_argument("--minutes", type=float, default=0.0, help="save and stop each stage after this time; 0: never")
+    parser.add_argument("--steps", type=int, help="updates in all, if not the stage's own number (cache: percent)")
+    parser.add_argument("--threads", type=int, help="processor cores to use; all if not given")
+    parser.add_argument("--perceptual", nargs="*", default=[], help="files of LPIPS, for `together` and `decoder`")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "nano", help="where stages leave their parts")
+    parser.add_argument("--export", type=Path, default=MODEL, help="where `export` writes the pipeline")
+    parser.add_argument("--smoke", action="store_true", help="a few updates of every stage, in build/nano-smoke")
     arguments = parser.parse_args()
-    stage, steps = STAGES[arguments.stage]
-    stage(arguments.minutes, arguments.steps or steps)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    folder, target = arguments.folder, arguments.export
+    if arguments.smoke:
+        folder = ROOT / "build" / "nano-smoke"
+        target = folder / "pipeline"
+    for name in STAGES if arguments.stage == "all" else [arguments.stage]:
+        stage, steps = STAGES[name]
+        steps = SMOKE.get(name, 2) if arguments.smoke else arguments.steps or steps
+        stage(Run(folder, steps, arguments.minutes, tuple(arguments.perceptual), target))
 
 
 if __name__ == "__main__":

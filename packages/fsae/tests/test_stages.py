@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fsae.errors import UserError
 from fsae.layers.attention import FirstFrameAttention
+from fsae.layers.motion import FirstFrameSampling
 from fsae.losses.alignment import TrunkTeacher, teacher_features
 from fsae.losses.distillation import feature_distance, recorded, shared_stages
 from fsae.losses.perceptual import PerceptualLoss
@@ -45,6 +46,8 @@ def tiny(**options: Any) -> FSAE:
     for module in model.modules():
         if isinstance(module, FirstFrameAttention):
             torch.nn.init.normal_(module.to_out.weight, std=0.3)
+        elif isinstance(module, FirstFrameSampling):
+            torch.nn.init.ones_(module.strength)
     return model
 
 
@@ -198,7 +201,8 @@ def test_a_frozen_encoder_stays_what_it_is(tmp_path: Path) -> None:
     task = AutoencoderTask(model, freeze_encoder=True)
     task.loss({"video": clip()}, seeded())["loss"].backward()
     assert all(p.grad is None and not p.requires_grad for p in model.encoder.parameters())
-    assert all(stage.injection.to_out.weight.grad.any() for stage in model.decoder.stages[2:])
+    assert all(stage.injection.strength.grad.any() for stage in model.decoder.stages[:3])
+    assert all(stage.injection.to_out.weight.grad.any() for stage in model.decoder.stages[3:])
     model.zero_grad()
     train(task, Clips(), one_step(tmp_path, max_steps=2))
     assert all(torch.equal(v, causal.encoder.state_dict()[k]) for k, v in model.encoder.state_dict().items())
@@ -267,10 +271,11 @@ def test_a_teacher_of_other_latents_is_refused() -> None:
 
 
 def test_lite_learns_from_its_teacher_and_not_to_be_like_another(tmp_path: Path) -> None:
-    standard = tiny(noise=0.0)
+    attending = {"noise": 0.0, "injection_sampling": False, "shortcut": "dc-ae"}
+    standard = tiny(**attending)
     lite, video = lite_of(standard), clip(1)
     torch.manual_seed(5)
-    other = FSAE.from_preset("nano", **SIZES, noise=0.0)
+    other = FSAE.from_preset("nano", **{**SIZES, **attending})
     task = AutoencoderTask(
         lite, distillation=Distillation(lite, standard, DistillationConfig("standard", 1.0, 1.0)), freeze_encoder=True
     )

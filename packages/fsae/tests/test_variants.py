@@ -13,6 +13,7 @@ from fsae import FSAE, slicing
 from fsae.errors import UserError
 from fsae.foreign import Report
 from fsae.inflation import center_kernel, inflate
+from fsae.layers.motion import FirstFrameSampling
 from fsae.slicing import Moments, kept_channels
 from fsae.variants import to_lite, to_standard
 
@@ -128,8 +129,11 @@ def test_an_injection_that_a_causal_model_has_is_kept_or_left_out() -> None:
 @torch.no_grad()
 def test_lite_of_the_same_widths_equals_standard_on_images_and_keeps_the_kernels() -> None:
     model = to_standard(causal(), noise=0.05)
-    for stage in model.decoder.stages[2:]:
-        torch.nn.init.normal_(stage.injection.to_out.weight)
+    for stage in model.decoder.stages:
+        if isinstance(stage.injection, FirstFrameSampling):
+            torch.nn.init.ones_(stage.injection.strength)
+        elif stage.injection is not None:
+            torch.nn.init.normal_(stage.injection.to_out.weight)
     lite = to_lite(model, model.config.widths)
     assert (lite.config.decoder_kind, lite.config.noise) == ("lite", 0.05)
     before, after = model.state_dict(), lite.state_dict()

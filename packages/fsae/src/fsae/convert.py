@@ -49,6 +49,7 @@ SIZES = (
     "injection_head_dim",
     "injection_window",
     "injection_reach",
+    "injection_sampling",
 )
 """The options of FSAE that a conversion may set; the others follow from what DC-AE and a causal decoder are."""
 

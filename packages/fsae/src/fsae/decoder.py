@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fsae.layers.attention import Context, FirstFrameAttention
 from fsae.layers.blocks import BlockStyle, EViTBlock, ResBlock, Stage
 from fsae.layers.conv import TimeKind, VideoConv3d
+from fsae.layers.motion import FirstFrameSampling, MotionField, Values
 from fsae.layers.norm import PixelNorm
 from fsae.layers.resample import Upsample
 from fsae.streaming import FrameCache, joined
@@ -27,8 +28,9 @@ DecoderKind = Literal["causal", "standard", "lite"]
 
 TIME_OF_KIND: dict[DecoderKind, TimeKind] = {"causal": "causal", "standard": "standard", "lite": "group_causal"}
 
-# The encoder's features of frame 0, fine to coarse, each `B C h w`, or their keys and values; None where none is used.
-FirstFrame = Sequence[Tensor | Context | None]
+# The encoder's features of frame 0, fine to coarse, each `B C h w`, or what their injection makes of them; None where
+# none is used.
+FirstFrame = Sequence[Tensor | Context | Values | None]
 
 # Frames that a convolution keeps between two chunks of a stream; none where there is no stream.
 KEPT_FRAMES: dict[DecoderKind, int] = {"causal": 2, "standard": 0, "lite": 1}
@@ -46,13 +48,20 @@ class DecoderStage(Stage):
         residual: bool,
         previous_channels: int | None,
         double_time: bool,
-        injection: FirstFrameAttention | None,
+        injection: FirstFrameAttention | FirstFrameSampling | None,
     ) -> None:
         super().__init__()
         self.up = (
             None
             if previous_channels is None
-            else Upsample(previous_channels, channels, double_time=double_time, time=style.time, group=style.group)
+            else Upsample(
+                previous_channels,
+                channels,
+                double_time=double_time,
+                time=style.time,
+                group=style.group,
+                shortcut=style.shortcut,
+            )
         )
         self.injection = injection
         self.noisy = residual and style.noise > 0
@@ -62,19 +71,21 @@ class DecoderStage(Stage):
     def forward(
         self,
         x: Tensor,
-        first_frame: Tensor | Context | None,
+        first_frame: Tensor | Context | Values | None,
         noise: Sequence[Tensor] = (),
         window: Window | None = None,
         cache: FrameCache | None = None,
+        displacements: Tensor | None = None,
     ) -> Tensor:
         """The step up, the look at the first frame, the blocks.
 
         Args:
             x: `B C' t h w`, what the stage before gave.
-            first_frame: the encoder's features of frame 0 at this resolution, whole, or their keys and values.
+            first_frame: the encoder's features of frame 0 at this resolution, whole, or what `context` made of them.
             noise: a map `1 1 1 H W` for each block, whole frames; none where there is no noise.
             window: the part of the frame that this stage's output is, in its own cells; None is all of it.
             cache: the state of a stream that x is the next chunk of.
+            displacements: where the injection samples, as `MotionField` gives them, of the window.
 
         Returns:
             `B C T H W`.
@@ -82,7 +93,8 @@ class DecoderStage(Stage):
         if self.up is not None:
             x = self.run(self.up, x, cache=cache)
         if self.injection is not None and first_frame is not None:
-            x = self.run(self.injection, x, first_frame, window)
+            where = (window,) if displacements is None else (displacements, window)
+            x = self.run(self.injection, x, first_frame, *where)
         maps = [noise_map if window is None else window.crop(noise_map) for noise_map in noise]
         for b, block in enumerate(self.blocks):
             x = self.run(block, x, *(noise_map.to(x.device, x.dtype) for noise_map in maps[b : b + 1]), cache=cache)
@@ -103,6 +115,8 @@ class Decoder(nn.Module):
         injection_head_dim: channels a head of the injection.
         injection_window: side of its windows.
         injection_reach: pixels that its offsets are counted in; 0 for none.
+        injection_sampling: the outer stages sample the first frame's features along the motion (`fsae.layers.motion`)
+            instead of attending to them, those at higher frame rates too.
         style: what all blocks share.
     """
 
@@ -119,6 +133,7 @@ class Decoder(nn.Module):
         injection_head_dim: int = 64,
         injection_window: int = 128,
         injection_reach: float = 0.0,
+        injection_sampling: bool = False,
     ) -> None:
         super().__init__()
         self.copies = widths[-1] // latent_channels
@@ -134,8 +149,11 @@ class Decoder(nn.Module):
         self.conv_in = VideoConv3d(latent_channels, widths[-1], time=style.time)
         stages = []
         for s, width in enumerate(widths):
-            injection = None
-            if context_widths is not None and s >= temporal_stages:
+            injection: FirstFrameAttention | FirstFrameSampling | None = None
+            rate = 2 ** max(temporal_stages - s, 0)
+            if context_widths is not None and injection_sampling and s < self._count:
+                injection = FirstFrameSampling(width, context_widths[s], size=2**s, rate=rate)
+            elif context_widths is not None and s >= temporal_stages:
                 injection = FirstFrameAttention(
                     width,
                     context_widths[s],
@@ -150,7 +168,7 @@ class Decoder(nn.Module):
                     width,
                     depths[s],
                     # A latent's worth of frames at this rate: 4, 2, 1, 1, ... from fine to coarse.
-                    replace(style, group=2 ** max(temporal_stages - s, 0)),
+                    replace(style, group=rate),
                     residual=s < residual_stages,
                     previous_channels=widths[s + 1] if s + 1 < len(widths) else None,
                     double_time=s < temporal_stages,
@@ -158,6 +176,10 @@ class Decoder(nn.Module):
                 )
             )
         self.stages = nn.ModuleList(stages)
+        self.motion: MotionField | None = None
+        if context_widths is not None and injection_sampling:
+            met = min(self._count, len(widths) - 1)
+            self.motion = MotionField(widths[met], 2**temporal_stages, 2**met, style.eps, style.norm_affine)
         self.norm_out = PixelNorm(widths[0], style.eps, style.norm_affine)
         self.conv_out = VideoConv3d(widths[0], 3, time=style.time, group=2**temporal_stages)
 
@@ -185,7 +207,7 @@ class Decoder(nn.Module):
         return maps
 
     def contexts(self, first_frame: FirstFrame) -> FirstFrame:
-        """Features of frame 0 -> keys and values where a stage looks at them, once for all tiles and chunks."""
+        """Features of frame 0 -> what is looked at where a stage looks at them, once for all tiles and chunks."""
         return [
             stage.injection.context(feature) if stage.injection is not None and isinstance(feature, Tensor) else None
             for stage, feature in zip(cast(Iterable[DecoderStage], self.stages), first_frame, strict=True)
@@ -201,12 +223,13 @@ class Decoder(nn.Module):
             cache: the state of a stream that the latents are the next chunk of; not for the Standard decoder.
 
         Returns:
-            `B C t h' w'`, in cells of `outer_stages.cell` pixels.
+            `B C t h' w'`, in cells of `outer_stages.cell` pixels; where the outer stages sample, the displacements are
+            its last channels, so that they are cut as it is cut.
         """
         x = self.conv_in(latents, cache) + latents.repeat_interleave(self.copies, dim=1)
         for s in reversed(range(self._count, len(self.stages))):
             x = self.stages[s](x, None if first_frame is None else first_frame[s], cache=cache)
-        return x
+        return x if self.motion is None else torch.cat([x, self.motion(x, cache)], dim=1)
 
     def outer(
         self,
@@ -231,9 +254,14 @@ class Decoder(nn.Module):
         Returns:
             `B 3 1+4(t-1) H W` (`4t` where the stream has begun), H and W `outer_stages.cell` times x's.
         """
+        displacements = None
+        if self.motion is not None:
+            x, displacements = x.split([x.shape[1] - 2 * self.motion.frames, 2 * self.motion.frames], dim=1)
+            x = x.to(self.conv_out.weight.dtype)  # displacements made all of it fp32
         for s in reversed(range(self._count)):
             part = None if window is None else window.scaled(self.outer_stages.cell >> s)
-            x = self.stages[s](x, None if first_frame is None else first_frame[s], noise[s], part, cache)
+            here = None if first_frame is None else first_frame[s]
+            x = self.stages[s](x, here, noise[s], part, cache, displacements)
         return self.conv_out(F.relu(self.norm_out(x), inplace=not torch.is_grad_enabled()), cache)
 
     def whole(

@@ -34,7 +34,11 @@ class EncoderStage(Stage):
         super().__init__()
         block = ResBlock if residual else EViTBlock
         self.blocks = nn.ModuleList(block(channels, style) for _ in range(depth))
-        self.down = None if next_channels is None else Downsample(channels, next_channels, halve_time=halve_time)
+        self.down = (
+            None
+            if next_channels is None
+            else Downsample(channels, next_channels, halve_time=halve_time, shortcut=style.shortcut)
+        )
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> tuple[Tensor, Tensor]:
         """`B C T H W` -> (the stage's features `B C T H W`, what the next stage gets)."""
@@ -147,13 +151,12 @@ class Encoder(nn.Module):
             yield torch.cat([self.inner(outer(part), kept)[1] for part in parts], dim=2)
             begun = True
 
-    def image_features(self, image: Tensor, plan: Plan) -> list[Tensor]:
-        """The features of an image `B 3 1 H W` at the stages that run at the latents' frame rate, fine to coarse."""
-        stages = self.outer_stages
+    def image_features(self, image: Tensor, plan: Plan, first: int) -> list[Tensor]:
+        """The features of an image `B 3 1 H W` at stage `first` and those coarser than it, fine to coarse."""
 
         def compute(_: int, window: Window) -> list[Tensor]:
-            features, out = self.outer(window.scaled(stages.cell).crop(image))
-            return [*features[stages.temporal_stages :], out]
+            features, out = self.outer(window.scaled(self.outer_stages.cell).crop(image))
+            return [*features[first:], out]
 
         *fine, x = self._tiled(image, plan, compute)
         return fine + self.inner(x)[0]

@@ -17,6 +17,7 @@ from torch import nn
 from fsae.layers.attention import FirstFrameAttention, LiteMLA
 from fsae.layers.blocks import GLUMBConv, ResBlock
 from fsae.layers.conv import VideoConv3d
+from fsae.layers.motion import FirstFrameSampling
 from fsae.layers.norm import PixelNorm
 from fsae.layers.resample import Downsample, Upsample
 from fsae.model import FSAE
@@ -28,8 +29,9 @@ BRANCH_GAIN = 0.1
 def start_small(model: nn.Module) -> None:
     """Set the branches of a freshly built `model` small, in place, and open the first-frame injection.
 
-    Branch norms (where they are affine) start at 0.1, the up-convolutions at zero, and W_o of the injection at unit
-    gain: the reverse of a fine-tuning, whose injection must start as the identity.
+    Branch norms (where they are affine) start at 0.1, the up-convolutions at zero, W_o of the injection at unit gain,
+    and a sampling injection as the features themselves: the reverse of a fine-tuning, whose injection must start as the
+    identity.
     """
     for module in model.modules():
         if isinstance(module, (ResBlock, GLUMBConv, LiteMLA)) and module.norm.weight is not None:
@@ -40,6 +42,9 @@ def start_small(model: nn.Module) -> None:
                 nn.init.zeros_(module.conv.bias)
         elif isinstance(module, FirstFrameAttention):
             nn.init.normal_(module.to_out.weight, std=module.to_out.in_features**-0.5)
+        elif isinstance(module, FirstFrameSampling):
+            nn.init.eye_(module.to_value.weight)
+            nn.init.ones_(module.strength)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ returns.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from fsae.decoder import Decoder, DecoderKind, FirstFrame
 from fsae.encoder import Encoder
 from fsae.errors import UserError
 from fsae.layers.blocks import BlockStyle
+from fsae.layers.shortcuts import ShortcutKind
 from fsae.presets import PRESETS
 from fsae.statistics import latent_statistics
 from fsae.tiling import Plan, Video, plan
@@ -47,6 +49,9 @@ class FSAE(StrictModelMixin):
         injection_head_dim: channels a head of that attention.
         injection_window: side of its windows, in cells of a stage.
         injection_reach: pixels that the injection's offsets are counted in, so that it follows motion; 0 for none.
+        injection_sampling: the residual stages sample frame 0's features along the motion that the decoder reads off
+            the latents, those at higher frame rates too, in place of attending to them (`fsae.layers.motion`).
+        shortcut: "dc-ae", which its weights need, or "even", for training from scratch (`fsae.layers.shortcuts`).
         attention_head_dim: channels a head of the linear attention.
         noise: weight of the noise in the decoder's residual blocks; 0 is none.
         norm_eps: epsilon of the pixel norms.
@@ -79,6 +84,8 @@ class FSAE(StrictModelMixin):
         injection_head_dim: int = 64,
         injection_window: int = 128,
         injection_reach: float = 0.0,
+        injection_sampling: bool = False,
+        shortcut: ShortcutKind = "dc-ae",
         attention_head_dim: int = 32,
         noise: float = 0.05,
         norm_eps: float = 1e-5,
@@ -93,7 +100,7 @@ class FSAE(StrictModelMixin):
         for width in {widths[-1], (decoder_widths or widths)[-1]}:
             if width % latent_channels:
                 raise ValueError(f"{latent_channels} latent channels do not divide the innermost width {width}")
-        style = BlockStyle(head_dim=attention_head_dim, eps=norm_eps, norm_affine=norm_affine)
+        style = BlockStyle(head_dim=attention_head_dim, eps=norm_eps, norm_affine=norm_affine, shortcut=shortcut)
         self.encoder = Encoder(widths, encoder_depths, latent_channels, residual_stages, temporal_stages, style)
         self.decoder = Decoder(
             decoder_widths or widths,
@@ -102,11 +109,12 @@ class FSAE(StrictModelMixin):
             residual_stages,
             temporal_stages,
             decoder_kind,
-            BlockStyle(head_dim=attention_head_dim, eps=norm_eps, norm_affine=norm_affine, noise=noise),
+            replace(style, noise=noise),
             context_widths=widths if first_frame_injection else None,
             injection_head_dim=injection_head_dim,
             injection_window=injection_window,
             injection_reach=injection_reach,
+            injection_sampling=injection_sampling,
         )
 
     @property
@@ -197,13 +205,14 @@ class FSAE(StrictModelMixin):
     def first_frame_features(self, first_frame: Tensor, memory: int | None = None) -> list[Tensor | None]:
         """First frame `B 3 1 H W` in [-1, 1] -> the features that `decode` injects, fine to coarse, each `B C h w`.
 
-        None stands for the stages that change the frame rate: they get none. memory: as in `encode`.
+        None stands for the stages that change the frame rate where they get none. memory: as in `encode`.
         """
         self.latent_shape(*first_frame.shape[2:])
         image = first_frame[:, :, :1]
         chosen = self._plan_encoding(image, 1, memory, 1)
-        features = [feature[:, :, 0] for feature in self.encoder.image_features(image, chosen)]
-        return [None] * (len(self.config.widths) - len(features)) + features
+        first = 0 if self.config.injection_sampling else self.config.temporal_stages
+        features = [feature[:, :, 0] for feature in self.encoder.image_features(image, chosen, first)]
+        return [None] * first + features
 
     def decode(
         self,

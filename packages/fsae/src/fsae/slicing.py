@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from fsae.decoder import Decoder, DecoderStage
 from fsae.layers.blocks import ResBlock
+from fsae.layers.motion import FirstFrameSampling
 from fsae.layers.norm import PixelNorm
 from fsae.layers.resample import Upsample
 
@@ -155,6 +156,11 @@ def narrowed(decoder: Decoder, stages: int, kept: Sequence[Tensor], moments: Mom
             lacking = lacking - _shortcut_mean(len(stream), len(kept[s + 1]))
             kernel[:, :, conv.current_tap, 1, 1] += lacking.to(kernel)
             state |= {f"{place}.up.conv.weight": kernel, f"{place}.up.conv.bias": conv.bias[stream]}
+        injection = decoder.stages[s].injection
+        if isinstance(injection, FirstFrameSampling):  # its values are of the stream's channels
+            state |= {f"{place}.injection.{name}": p[stream] for name, p in injection.named_parameters()}
+            reads = torch.cat([stream, injection.to_value.out_features + stream])
+            state[f"{place}.injection.to_gate.weight"] = injection.to_gate.weight[stream][:, reads]
         for b, block in enumerate(blocks):
             tensors = _narrow_block(block, stream, moments)
             state |= {f"{place}.blocks.{b}.{name}": tensor for name, tensor in tensors.items()}
@@ -192,6 +198,8 @@ def _narrow_norm(norm: PixelNorm, kept: Tensor, moments: Moments, name: str) -> 
     """A pixel norm over the kept channels, which gives each of them what the norm over all gave it, on average."""
     if norm.weight is None or norm.bias is None:
         return {}
+    if len(kept) == len(norm.weight):
+        return {f"{name}.weight": norm.weight, f"{name}.bias": norm.bias}
     energy = moments[norm].diagonal()
     ratio = (energy[kept].mean() / energy.mean()).nan_to_num(1.0).sqrt().to(norm.weight)
     return {f"{name}.weight": norm.weight[kept] * ratio, f"{name}.bias": norm.bias[kept]}

@@ -21,11 +21,12 @@ from torch import Tensor
 from fsae.checkpoint import nearest
 from fsae.errors import UserError
 from fsae.inflation import center_kernel
+from fsae.layers.attention import FirstFrameAttention
 from fsae.layers.conv import VideoConv3d
 from fsae.model import FSAE
 from fsae.slicing import Moments, kept_channels, narrowed
 
-INJECTION_SIZES = ("injection_head_dim", "injection_window", "injection_reach")
+INJECTION_SIZES = ("injection_head_dim", "injection_window", "injection_reach", "injection_sampling")
 
 
 @torch.no_grad()
@@ -39,7 +40,7 @@ def to_standard(
         noise: weight of the noise in the decoder's residual blocks.
         first_frame_injection: whether the injection is built; it starts as the identity, unless `model` has one.
         seed: of the injection's weights.
-        injection: injection_head_dim, injection_window and injection_reach where they are not `model`'s own.
+        injection: injection_head_dim, _window, _reach and _sampling where they are not `model`'s own.
 
     Raises:
         UserError: the model's decoder is of another kind, or an option does not fit.
@@ -59,7 +60,7 @@ def to_standard(
     state = result.state_dict() | {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if first_frame_injection or ".injection." not in name
+        if first_frame_injection or not {"injection", "motion"} & set(name.split("."))
     }
     for name, layer in model.decoder.named_modules():
         if isinstance(layer, VideoConv3d) and layer.kernel_size[0] == 3:
@@ -74,7 +75,7 @@ def to_lite(model: FSAE, decoder_widths: Sequence[int] | None = None, latents: T
     Args:
         model: an FSAE of decoder_kind "standard", or "causal", which goes through `to_standard`; it is left as it is.
         decoder_widths: channels of the decoder's stages, fine to coarse; None halves the two outermost. Only stages of
-            residual convolutions without injection can be narrower than the model's, and none can be wider.
+            residual convolutions that do not attend can be narrower than the model's, and none can be wider.
         latents: normalised latents `B c t h w` that the decoder is run on to see which channels carry most; a few of
             one's own data are best. None is normal noise, which is what latents are channel by channel.
 
@@ -104,7 +105,8 @@ def _check_widths(model: FSAE, old: Sequence[int], new: Sequence[int]) -> None:
     if len(new) != len(old):
         raise UserError(f"{len(new)} decoder widths are given for {len(old)} stages; give one for each, fine to coarse")
     for s, (wide, narrow) in enumerate(zip(old, new, strict=True)):
-        fixed = s >= model.config.residual_stages or model.decoder.stages[s].injection is not None
+        attends = isinstance(model.decoder.stages[s].injection, FirstFrameAttention)
+        fixed = s >= model.config.residual_stages or attends
         if not 0 < narrow <= wide or (fixed and narrow != wide):
             reason = "has attention and keeps its width" if fixed else "can only become narrower"
             raise UserError(f"stage {s} of the decoder has {wide} channels, {narrow} are asked for; it {reason}")

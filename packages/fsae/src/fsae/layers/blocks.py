@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from fsae.layers.attention import LiteMLA
 from fsae.layers.conv import TimeKind, VideoConv3d
 from fsae.layers.norm import PixelNorm
+from fsae.layers.shortcuts import ShortcutKind
 from fsae.streaming import FrameCache
 from fsae.tiling import frames_at_once
 
 
 @dataclass(frozen=True)
 class BlockStyle:
-    """What the blocks of a stage share: how time is padded and how channels are normalised.
+    """What the blocks of a stage share: how time is padded, how channels are normalised, what steps add.
 
-    `time` and `group` are those of `VideoConv3d`; `noise` is the weight of the noise of the Standard decoder.
+    `time` and `group` are those of `VideoConv3d`; `noise` is the weight of the noise of the Standard decoder;
+    `shortcut` is that of `Downsample` and `Upsample`.
     """
 
     time: TimeKind = "causal"
@@ -30,6 +32,7 @@ class BlockStyle:
     eps: float = 1e-5
     norm_affine: bool = True
     noise: float = 0.0
+    shortcut: ShortcutKind = "dc-ae"
 
 
 class ResBlock(nn.Module):

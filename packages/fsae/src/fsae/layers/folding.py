@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fsae.layers.conv import VideoConv3d, conv3d, early, late
+from fsae.layers.shortcuts import Shortcut
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class TimePhase:
         kernel: `C_out C_in taps 3 3`.
         source: the frames it runs over, `B C_in n h w`, complete in time.
         stride: its step in time.
-        own: the source frame that each output frame copies, `B C_in m h w`.
+        own: the source frame that the shortcut gives each output frame, `B C_in m h w`.
         frames: where the m output frames stand.
     """
 
@@ -51,15 +52,18 @@ def kept_frames(conv: VideoConv3d, double_time: bool) -> int:
     return 2 if conv.time == "causal" and not double_time else 1
 
 
-def time_phases(conv: VideoConv3d, x: Tensor, before: Tensor | None, double_time: bool) -> Iterator[TimePhase]:
+def time_phases(
+    conv: VideoConv3d, x: Tensor, before: Tensor | None, double_time: bool, even: bool = False
+) -> Iterator[TimePhase]:
     """The phases in time of `conv` over x `B C t h w`, upsampled.
 
     before: the `kept_frames` before x; None where x starts the clip.
+    even: whether the shortcut's first copy of a frame is its mean with the one before it.
     """
     if before is None and x.shape[2] == 1:
         yield TimePhase(conv.weight.sum(2, keepdim=True), x, 1, x, slice(None))
     elif double_time:
-        yield from _doubled(conv, x, before)
+        yield from _doubled(conv, x, before, even)
     elif conv.time == "causal":
         past = [x[:, :, :1]] * 2 if before is None else [before]
         yield TimePhase(conv.weight, torch.cat([*past, x], 2), 1, x, slice(None))
@@ -70,10 +74,10 @@ def time_phases(conv: VideoConv3d, x: Tensor, before: Tensor | None, double_time
         yield TimePhase(early(conv.weight, 2), torch.cat([*past, x], 2), 1, x, slice(None))
 
 
-def _doubled(conv: VideoConv3d, x: Tensor, before: Tensor | None) -> Iterator[TimePhase]:
+def _doubled(conv: VideoConv3d, x: Tensor, before: Tensor | None, even: bool) -> Iterator[TimePhase]:
     """Each frame twice, the clip's first frame once: as if its first copy had been dropped."""
     line = x if before is None else torch.cat([before, x], 2)
-    own, weight = line[:, :, 1:], conv.weight
+    own, weight = (line[:, :, :-1] + line[:, :, 1:]) / 2 if even else line[:, :, 1:], conv.weight
     # Output frame 2j - 1 - skip is the first copy of frame j of the line, 2j - skip the second.
     skip = 0 if before is None else 1
     firsts, seconds = slice(1 - skip, None, 2), slice(skip, None, 2)
@@ -96,15 +100,15 @@ def _doubled(conv: VideoConv3d, x: Tensor, before: Tensor | None) -> Iterator[Ti
     yield TimePhase(weight.sum(2, keepdim=True), ends, 1, ends, slice((conv.group - 1) * skip, None, conv.group))
 
 
-def fold(conv: VideoConv3d, x: Tensor, before: Tensor | None, double_time: bool, copies: int) -> Tensor:
-    """conv(upsampled x) plus the channel-to-space shortcut: `B C_in t h w` -> `B C_out T 2h 2w`.
+def fold(conv: VideoConv3d, x: Tensor, before: Tensor | None, double_time: bool, shortcut: Shortcut) -> Tensor:
+    """conv(upsampled x) plus the shortcut: `B C_in t h w` -> `B C_out T 2h 2w`.
 
     Args:
         conv: a kernel of three taps on every axis.
         x: what is upsampled.
         before: see `time_phases`.
         double_time: whether frames are doubled as well.
-        copies: how often the shortcut repeats a channel.
+        shortcut: the step's.
     """
     batch, _, frames, height, width = x.shape
     if double_time:
@@ -112,7 +116,7 @@ def fold(conv: VideoConv3d, x: Tensor, before: Tensor | None, double_time: bool,
     channels = conv.out_channels
     bias = None if conv.bias is None else conv.bias.repeat(4)
     out: Tensor | None = None
-    for phase in time_phases(conv, x, before, double_time):
+    for phase in time_phases(conv, x, before, double_time, shortcut.even):
         # The four copies of a cell as four sets of channels: one pass over the source.
         tall = early(phase.kernel, 3), late(phase.kernel, 3)
         kernel = torch.cat([side(rows, 4) for rows in tall for side in (early, late)])
@@ -123,14 +127,7 @@ def fold(conv: VideoConv3d, x: Tensor, before: Tensor | None, double_time: bool,
             row, column = divmod(place, 2)
             # One ring of zeros gives an output more than cells; the copy's are the last or all but the last.
             part = part[..., row : row + height, column : column + width]
-            part = part + _channels(phase.own, copies, place, channels)
+            part = part + shortcut.corner(phase.own, place)
             out[:, :, phase.frames, row::2, column::2] = part
     assert out is not None
     return out
-
-
-def _channels(x: Tensor, copies: int, place: int, count: int) -> Tensor:
-    """The `count` channels that stand at `place` of the 2x2 pixels when channels are repeated and shuffled to space."""
-    if 4 % copies == 0:
-        return x[:, place // copies :: 4 // copies]
-    return x[:, torch.arange(place, 4 * count, 4, device=x.device) // copies]

@@ -1,0 +1,333 @@
+"""What the nano autoencoder is trained on: pictures, then seeing motion, then whole clips.
+
+The known camera supervises training and nothing else: what is told in training, the encoder itself says afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from clips import NanoClips
+from motion import camera_path
+from torch import Tensor, nn
+from velocity import CODE_CHANNELS, motion_code, velocity
+
+from fsae import FSAE
+from fsae.layers.conv import VideoConv3d
+from fsae.layers.motion import VELOCITY_UNIT, MotionField
+from fsae.losses.perceptual import PerceptualLoss
+from fsae.losses.reconstruction import l1_loss
+from fsae.metrics import psnr
+from fsae.training.autoencoder import frame_grid
+from fsae.training.config import OptimizerConfig
+from fsae.training.task import Task, decay_groups
+
+READ_OUT_RATE = 4e-3
+"""Learning rate of the decoder's velocity, a linear map of normalised features: far above that of convolutions."""
+
+Batch = dict[str, Tensor]
+
+
+class InTurn:
+    """The order of data that is made as it is asked for: one item after the other."""
+
+    def position(self, step: int) -> tuple[int, int]:
+        """(epoch, offset) of a step's first sample."""
+        return 0, step
+
+    def micro_batch(self, step: int, micro: int) -> list[tuple[int]]:
+        """The key of the only item of `step`."""
+        return [(step,)]
+
+
+class CameraClips(torch.utils.data.Dataset[Batch]):
+    """Batches of clips with the camera's path: item i is made by world i % n, all of its clips of one size.
+
+    Args:
+        worlds: of any sizes.
+        counts: clips of a batch of each world.
+    """
+
+    def __init__(self, worlds: Sequence[NanoClips], counts: Sequence[int]) -> None:
+        self.worlds, self.counts = worlds, counts
+
+    def __len__(self) -> int:
+        return len(self.worlds) * (min(map(len, self.worlds)) // max(self.counts))
+
+    def __getitem__(self, index: int) -> Batch:
+        world, count = self.worlds[index % len(self.worlds)], self.counts[index % len(self.worlds)]
+        first = index // len(self.worlds) * count
+        plans = [world.plan(i) for i in range(first, first + count)]
+        paths = [camera_path(plan.motion, world.frames, world.size) for plan in plans]
+        return {
+            "video": torch.stack([world.render(plan) for plan in plans]),
+            "path": torch.stack(paths).to(world.device),
+        }
+
+    def sample(self, index: int) -> Batch:
+        """Item `index`."""
+        return self[index]
+
+    def order(self, *cut: int) -> InTurn:
+        """One item after the other, whatever the run's (seed, batch size, accumulation, processes, rank)."""
+        return InTurn()
+
+
+class Lessons(CameraClips):
+    """Easy batches at first: the items of `easy` up to number `count`, then those of `all_kinds`."""
+
+    def __init__(self, easy: CameraClips, all_kinds: CameraClips, count: int) -> None:
+        super().__init__(all_kinds.worlds, all_kinds.counts)
+        self.easy, self.count = easy, count
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.easy[index] if index < self.count else super().__getitem__(index)
+
+
+def one_item(items: list[Batch]) -> Batch:
+    """The batch that an item is."""
+    (item,) = items
+    return item
+
+
+def without_code(latents: Tensor) -> Tensor:
+    """Latents `B c t h w` whose motion channels are zero, as those of a picture are."""
+    return torch.cat([torch.zeros_like(latents[:, :CODE_CHANNELS]), latents[:, CODE_CHANNELS:]], dim=1)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of a task's losses.
+
+    Attributes:
+        alone: how often a clip is decoded from its latents alone, so that they carry the picture too.
+        told: how often the latents' motion channels are told by the camera.
+        code: of the motion channels' squared error.
+        field: of the decoder's velocity, L1 in units of 8 pixels.
+        first: of the first frame's L1, beside its share in the clip's: it is the user's photograph.
+        change: of the L1 of differences between neighbour frames.
+        perceptual: of LPIPS.
+    """
+
+    alone: float = 0.25
+    told: float = 0.0
+    code: float = 1.0
+    field: float = 0.3
+    first: float = 0.2
+    change: float = 0.5
+    perceptual: float = 0.0
+
+
+class ClipTask(Task):
+    """Reconstruct clips and pictures, with the camera's path as a second teacher.
+
+    Args:
+        model: an FSAE whose injection samples along the motion.
+        weights: of the losses.
+        validation: a batch to validate on.
+        perceptual: LPIPS, for `weights.perceptual`.
+        encoder: "trained"; "frozen", so that the decoder alone is trained; or frozen and "of pictures": it is shown
+            every fourth frame as a picture, and the motion is told.
+    """
+
+    def __init__(
+        self,
+        model: FSAE,
+        weights: Weights,
+        validation: Batch,
+        perceptual: PerceptualLoss | None = None,
+        encoder: Literal["trained", "frozen", "of pictures"] = "trained",
+    ) -> None:
+        self.model, self.weights, self.validation = model, weights, validation
+        self.perceptual, self.encoder = perceptual, encoder
+        self.modules = {"autoencoder": model}
+        self.frozen = {} if perceptual is None else {"perceptual": perceptual}
+        if encoder != "trained":
+            model.encoder.requires_grad_(False)
+        self.settings = {
+            "model": {k: v for k, v in model.config.items() if not k.startswith("_")},
+            "weights": asdict(weights),
+            "encoder": encoder,
+        }
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """The weighted sum and its parts."""
+        video, weights = batch["video"], self.weights
+        alone, told = (torch.rand((), generator=generator).item() for _ in range(2))
+        latents, first, code = self._encode(batch)
+        terms = {"code": (latents[:, :CODE_CHANNELS].float() - code).square().mean()}
+        if told < weights.told:
+            latents = torch.cat([code.to(latents), latents[:, CODE_CHANNELS:]], dim=1)
+        with recorded_velocity(self.model) as velocities:
+            made = self.model.decoder(latents, None if alone < weights.alone else first, generator).float()
+        total = weights.code * terms["code"]
+        terms["l1"], terms["first"] = l1_loss(made, video), l1_loss(made[:, :, :1], video[:, :, :1])
+        total = total + terms["l1"] + weights.first * terms["first"]
+        if video.shape[2] > 1:
+            truth = velocity(batch["path"], video.shape[3:], velocities[0].shape[3:])
+            terms["field"] = (velocities[0] - truth)[:, :, 1:].abs().mean() / VELOCITY_UNIT
+            terms["change"] = l1_loss(made.diff(dim=2), video.diff(dim=2))
+            total = total + weights.field * terms["field"] + weights.change * terms["change"]
+        if self.perceptual is not None and alone >= weights.alone:
+            terms["perceptual"] = self.perceptual(made[:, :, ::4], video[:, :, ::4])
+            total = total + weights.perceptual * terms["perceptual"]
+        return {"loss": total, **terms, "psnr": psnr(made.detach().clamp(-1, 1), video).mean()}
+
+    def _encode(self, batch: Batch) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Latents, features of frame 0, and the motion channels that the camera tells."""
+        video, path = batch["video"], batch["path"]
+        code = motion_code(path, video.shape[3:])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder == "trained"):
+            if self.encoder == "of pictures":
+                latents, features = latents_of_frames(self.model, video)
+                return without_code(latents), features, code
+            kept, latents = self.model.encoder.features(video)
+            return latents, [feature[:, :, 0] for feature in kept], code
+
+    def validate(self, step: int) -> dict[str, Tensor]:
+        """PSNR of clips, of their first frames, and how far off the decoder's velocity is, in pixels a latent."""
+        generator = torch.Generator().manual_seed(0)
+        video, made, errors = self.validation["video"], [], []
+        for i in range(len(video)):
+            batch = {name: tensor[i : i + 1] for name, tensor in self.validation.items()}
+            latents, first, code = self._encode(batch)
+            if self.encoder == "of pictures":
+                latents = torch.cat([code.to(latents), latents[:, CODE_CHANNELS:]], dim=1)
+            with recorded_velocity(self.model) as velocities:
+                made.append(self.model.decoder(latents, first, generator).float().clamp(-1, 1))
+            truth = velocity(batch["path"], video.shape[3:], velocities[0].shape[3:])
+            errors.append((velocities[0] - truth)[:, :, 1:].norm(dim=1).mean() if video.shape[2] > 1 else truth.sum())
+        result = torch.cat(made)
+        return {
+            "psnr": psnr(result, video).mean(),
+            "first_frame_psnr": psnr(result[:, :, :1], video[:, :, :1]).mean(),
+            "velocity_error": torch.stack(errors).mean(),
+            "reconstruction": frame_grid([video, result]),
+        }
+
+    def parameter_groups(self, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+        """The decoder's velocity apart, at its own rate."""
+        motion = self.model.decoder.motion
+        assert motion is not None
+        read_out = set(motion.to_velocity.parameters())
+        groups = decay_groups(self.modules.values(), optimizer)
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p not in read_out]
+        return [*groups, {"params": list(read_out), "weight_decay": 0.0, "lr": READ_OUT_RATE}]
+
+
+@contextmanager
+def recorded_velocity(model: FSAE) -> Iterator[list[Tensor]]:
+    """The velocities `B 2 t h w` in pixels that the decoder reads while the context lasts."""
+    found: list[Tensor] = []
+    motion = model.decoder.motion
+    assert isinstance(motion, MotionField)
+
+    def keep(_module: nn.Module, _inputs: Any, made: Tensor) -> None:
+        found.append(VELOCITY_UNIT * made.float().movedim(-1, 1))
+
+    handle = motion.to_velocity.register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def latents_of_frames(model: FSAE, video: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Every fourth frame as a picture: latents `B c t h w`, not normalised, and frame 0's features at every stage."""
+    batch, t = len(video), 1 + (video.shape[2] - 1) // 4
+    images = video[:, :, ::4].transpose(1, 2).flatten(0, 1).unsqueeze(2)
+    features, latents = model.encoder.features(images)
+    latents = latents[:, :, 0].unflatten(0, (batch, t)).transpose(1, 2)
+    return latents, [feature[:, :, 0].unflatten(0, (batch, t))[:, 0] for feature in features]
+
+
+class SeeingTask(Task):
+    """The encoder alone learns to see motion: its latents' motion channels are to say what the camera did.
+
+    Small heads read a velocity off its stages too, which is what gets the finest of them going; they are thrown away.
+    In the convolutional stages the sum of each kernel's temporal taps is held, so that what they make of a picture
+    stays as it is; elsewhere it is pulled towards what it was.
+
+    Args:
+        model: an FSAE trained on pictures.
+        before: a copy of it, frozen.
+        validation: a batch to validate on.
+        keep: weight of what is pulled towards `before`.
+    """
+
+    HEADS = (1, 2, 3, 4, 5, 6)
+
+    def __init__(self, model: FSAE, before: FSAE, validation: Batch, keep: float = 0.6) -> None:
+        self.model, self.before, self.validation, self.keep = model, before, validation, keep
+        model.decoder.requires_grad_(False)
+        widths = model.config.widths
+        self.heads = nn.ModuleDict({str(s): _head(widths[s]) for s in self.HEADS})
+        self.modules = {"encoder": model.encoder, "heads": self.heads}
+        self.frozen = {"before": before, "decoder": model.decoder}
+        stages = [model.encoder.conv_in, *list(model.encoder.stages)[:3]]
+        outer = [m for stage in stages for m in stage.modules() if isinstance(m, VideoConv3d) and m.kernel_size[0] == 3]
+        self.held = [(conv, conv.weight.detach().sum(2)) for conv in outer]
+        self.settings = {"keep": keep}
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """Squared errors of the motion channels and of the heads, and how far the rest has gone."""
+        with torch.no_grad():
+            for conv, total in self.held:
+                conv.weight.add_(((total.to(conv.weight) - conv.weight.sum(2)) / conv.kernel_size[0]).unsqueeze(2))
+            was, was_first = latents_of_frames(self.before, batch["video"])
+        video, path = batch["video"], batch["path"]
+        features, latents = self.model.encoder.features(video)
+        code = motion_code(path, video.shape[3:])
+        terms = {"code": (latents[:, :CODE_CHANNELS].float() - code).square().mean()}
+        terms["others"] = (latents[:, CODE_CHANNELS:].float() - was[:, CODE_CHANNELS:].float()).abs().mean()
+        drift = [
+            (feature[:, :, 0].float() - kept.float()).abs().mean() / kept.float().abs().mean()
+            for feature, kept in zip(features[3:], was_first[3:], strict=True)
+        ]
+        terms["first"] = torch.stack(drift).mean()
+        errors = []
+        for name, head in self.heads.items():
+            found = head(features[int(name)]).float()
+            step = (video.shape[2] - 1) // (found.shape[2] - 1)
+            errors.append((found - velocity(path, video.shape[3:], found.shape[3:], step) / VELOCITY_UNIT)[:, :, 1:])
+        terms["heads"] = torch.stack([error.square().mean() for error in errors]).mean()
+        total = terms["code"] + self.keep * terms["others"] + 0.3 * terms["first"] + terms["heads"]
+        pixels = (latents[:, :CODE_CHANNELS, 1:].float() - code[:, :, 1:]).detach().abs().mean() * VELOCITY_UNIT
+        return {
+            "loss": total,
+            **terms,
+            "pixels": pixels,
+            "finest_pixels": errors[0].detach().abs().mean() * VELOCITY_UNIT,
+        }
+
+    def validate(self, step: int) -> dict[str, Tensor]:
+        """Mean length of the motion channels' error in pixels a latent, and of the motion itself."""
+        video, path = self.validation["video"], self.validation["path"]
+        code = motion_code(path, video.shape[3:])
+        latents = torch.cat([self.model.encoder(clip[None]).float() for clip in video])
+        error = (latents[:, :CODE_CHANNELS] - code).unflatten(1, (-1, 2))[:, :, :, 1:].norm(dim=2) * VELOCITY_UNIT
+        size = code.unflatten(1, (-1, 2))[:, :, :, 1:].norm(dim=2) * VELOCITY_UNIT
+        return {"velocity_error": error.mean(), "velocity_last": error[:, :, -1].mean(), "velocity": size.mean()}
+
+
+def _head(channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv3d(channels, 48, (1, 3, 3), padding=(0, 1, 1)), nn.SiLU(), nn.Conv3d(48, 2, 1))
+
+
+@torch.no_grad()
+def loosen(encoder: nn.Module, share: float = 0.5) -> None:
+    """Let an inflated encoder's temporal taps differ, by noise whose sum over the taps is zero, in place.
+
+    What it makes of a picture stays as it is; with all past taps at zero it would see little of motion to begin with.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for module in encoder.modules():
+        if isinstance(module, VideoConv3d) and module.kernel_size[0] > 1:
+            noise = torch.randn(module.weight.shape, generator=generator)
+            noise = noise * (share / module.weight[0].numel() ** 0.5)
+            module.weight.add_((noise - noise.mean(2, keepdim=True)).to(module.weight))
