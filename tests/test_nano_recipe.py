@@ -16,8 +16,8 @@ from tasks import CameraClips, ClipTask, Lessons, SeeingTask, Weights, latents_o
 from velocity import CODE_CHANNELS, between, centres, motion_code, velocity
 
 from fsae import FSAE
-from fsae.inflation import inflate
 from fsae.layers.motion import VELOCITY_UNIT, MotionField
+from fsae.weights.inflation import inflate
 
 MOTIONS = [Motion("pan left", 0.2), Motion("zoom in", 1.3, ease=0.4), Motion("roll", 15.0), Motion("still")]
 

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from fsae import FSAE
-from fsae.files import atomic_path
 from fsae.layers.conv import VideoConv3d
 from fsae.layers.resample import Upsample
+from fsae.storage.files import atomic_path
 
 WIDTHS = (32, 64, 128, 128, 256, 256, 256)
 

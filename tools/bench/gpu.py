@@ -46,11 +46,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from roofline import FULL, TINY, Job, Size, ceilings, forward_flops, in_turns, memory_bytes, synchronize
 
 from fsae.devices import choose_device
-from fsae.files import atomic_path
+from fsae.storage.files import atomic_path
 from fsdit.conditioning import Condition, Context, first_frame_condition
-from fsdit.flow import FlowSchedule
+from fsdit.flow.path import FlowSchedule
+from fsdit.flow.sampling import CapturedDenoise, GuidedVelocity, denoise
 from fsdit.model import FSDiT
-from fsdit.sampling import CapturedDenoise, GuidedVelocity, denoise
 
 PAPER_SECONDS = 27.4  # both transformers on one H100 (paper, page 1)
 GOAL_SECONDS, GOAL_SHARE = 10.0, 0.05

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fsdit.flow.solvers import SolverName
 from fsdit.presets import PRESETS
-from fsdit.solvers import SolverName
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 from torch import Tensor, nn
 
-from fsae.files import atomic_path
+from fsae.storage.files import atomic_path
 from fsdit import FSDiT
 from fsdit.conditioning import Condition, Context, first_frame_condition, model_input
-from fsdit.convert import from_wan
-from fsdit.flow import TIMESTEPS, FlowSchedule
-from fsdit.sampling import denoise
+from fsdit.flow.path import TIMESTEPS, FlowSchedule
+from fsdit.flow.sampling import denoise
+from fsdit.wan.convert import from_wan
 
 TEXT, IMAGE = 512, 257  # tokens
 SHIFT, GUIDANCE = 5.0, 5.0

@@ -36,16 +36,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from real_clips import ROOT, load
 
 from fsae.data.video import to_video_tensor
-from fsae.files import atomic_path
-from fsae.intrinsic_dimension import intrinsic_dimension, latent_points
+from fsae.evaluation.intrinsic_dimension import intrinsic_dimension, latent_points
+from fsae.evaluation.metrics import flicker, psnr
 from fsae.losses.perceptual import PerceptualLoss
-from fsae.metrics import flicker, psnr
 from fsae.model import FSAE
-from fsae.training.autoencoder import make_task, measure_latent_statistics
-from fsae.training.beginnings import prepared_model
+from fsae.stages.config import AdversarialConfig, AlignmentConfig, AutoencoderConfig
+from fsae.stages.start import prepared_model
+from fsae.stages.task import make_task, measure_latent_statistics
+from fsae.storage.files import atomic_path
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
-from fsae.training.stages import AdversarialConfig, AlignmentConfig, AutoencoderConfig
 
 BUILD = ROOT / "build" / "claims"
 MEASURED = ROOT / "docs" / "measured"

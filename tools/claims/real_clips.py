@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fsae.data.video import read_video
-from fsae.files import atomic_path
+from fsae.storage.files import atomic_path
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIPS = ROOT / "build" / "claims" / "clips.safetensors"

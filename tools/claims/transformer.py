@@ -37,15 +37,15 @@ from captions import caption
 from motion import motion_from_dict
 from numpy.random import default_rng
 
-from fsae.checkpoint import save_state
-from fsae.files import atomic_path
+from fsae.storage.checkpoint import save_state
+from fsae.storage.files import atomic_path
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
 from fsdit.conditioning import Context, load_encoders
-from fsdit.config import FlowMatchingConfig
-from fsdit.flow import FlowSchedule
+from fsdit.flow.path import FlowSchedule
 from fsdit.model import FSDiT
-from fsdit.training import FlowMatchingTask
+from fsdit.training.config import FlowMatchingConfig
+from fsdit.training.task import FlowMatchingTask
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIPS = ROOT / "build" / "nano" / "latents" / "clips-128x128"
@@ -131,7 +131,7 @@ def encoded_clips() -> dict[str, Tensor]:
 
 
 class VelocityTask(FlowMatchingTask):
-    """The transformer's training (`fsdit.training`) on embeddings that are there already, none of them dropped."""
+    """The transformer's training (`fsdit.training.task`) on embeddings that are there already, none of them dropped."""
 
     def __init__(self, transformer: FSDiT) -> None:
         loop = LoopConfig(output_dir=str(BUILD))

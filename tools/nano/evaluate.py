@@ -70,7 +70,7 @@ from wordings import LANGUAGES
 from fsae import FSAE
 from fsae.data.video import to_frames
 from fsae.errors import UserError
-from fsae.files import atomic_path
+from fsae.storage.files import atomic_path
 from fsvideo_pipeline.pipeline import FSVideoPipeline
 from fsvideo_pipeline.settings import packaged_model
 

@@ -22,7 +22,7 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 from torch import Tensor
 from torch.nn import functional as F
 
-from fsae.metrics import psnr
+from fsae.evaluation.metrics import psnr
 
 Image = NDArray[np.uint8]
 Video = NDArray[np.uint8]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from fsae.files import atomic_path
+from fsae.storage.files import atomic_path
 
 STRIP = 26
 """Pixels for a line of text under the pictures."""

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from velocity import CODE_CHANNELS, motion_code, velocity
 
 from fsae import FSAE
+from fsae.evaluation.metrics import psnr
 from fsae.layers.conv import VideoConv3d
 from fsae.layers.motion import VELOCITY_UNIT, MotionField
 from fsae.losses.perceptual import PerceptualLoss
 from fsae.losses.reconstruction import l1_loss
-from fsae.metrics import psnr
-from fsae.training.autoencoder import frame_grid
+from fsae.stages.task import frame_grid
 from fsae.training.config import OptimizerConfig
 from fsae.training.task import Task, decay_groups
 

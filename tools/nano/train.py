@@ -39,24 +39,24 @@ from motion import motion_from_dict
 from tasks import CameraClips, ClipTask, Lessons, SeeingTask, Weights, loosen, one_item
 
 from fsae import FSAE
-from fsae.checkpoint import load_state, save_state
-from fsae.inflation import inflate
-from fsae.initialization import start_small
+from fsae.data.order import DataOrder
 from fsae.losses.perceptual import PerceptualLoss
-from fsae.training.autoencoder import measure_latent_statistics
+from fsae.stages.task import measure_latent_statistics
+from fsae.storage.checkpoint import load_state, save_state
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
-from fsae.training.order import DataOrder
+from fsae.weights.inflation import inflate
+from fsae.weights.initialization import start_small
 from fsdit.conditioning import load_encoders, resize_for_clip
-from fsdit.config import TransformerConfig
-from fsdit.data import LatentClip
-from fsdit.flow import FlowSchedule
+from fsdit.flow.path import FlowSchedule
 from fsdit.model import FSDiT
-from fsdit.training import train_transformer
-from fsupsampler.config import RefinerConfig, UpsamplerConfig, UpsamplerLoss
-from fsupsampler.data import LatentPair, halve
+from fsdit.training.config import TransformerConfig
+from fsdit.training.data import LatentClip
+from fsdit.training.task import train_transformer
 from fsupsampler.refiner import DynamicMask
-from fsupsampler.training import train_refiner, train_upsampler
+from fsupsampler.training.config import RefinerConfig, UpsamplerConfig, UpsamplerLoss
+from fsupsampler.training.data import LatentPair, halve
+from fsupsampler.training.task import train_refiner, train_upsampler
 from fsupsampler.upsampler import LatentUpsampler
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from fsae.data.video import write_video
 from fsae.errors import UserError
+from fsae.evaluation.metrics import psnr
 from fsae.layers.resample import Upsample
 from fsae.losses.perceptual import PerceptualLoss
-from fsae.metrics import psnr
 from fsae.model import FSAE
-from fsae.training import autoencoder
-from fsae.training.autoencoder import (
+from fsae.stages import task as autoencoder
+from fsae.stages.config import AutoencoderConfig
+from fsae.stages.task import (
     AutoencoderTask,
     frame_grid,
     measure_latent_statistics,
@@ -28,7 +29,6 @@ from fsae.training.autoencoder import (
 )
 from fsae.training.config import LoopConfig, OptimizerConfig
 from fsae.training.runs import finished, save_parts, tell_saved
-from fsae.training.stages import AutoencoderConfig
 
 SIZES: dict[str, Any] = {
     "widths": (8,) * 7,

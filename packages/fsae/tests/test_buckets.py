@@ -19,10 +19,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from fsae.data.buckets import Bucket, BucketedClips, BucketOrder, nearest_size
-from fsae.data.settings import BucketConfig, ClipsConfig, SourceConfig
+from fsae.data.config import BucketConfig, ClipsConfig, SourceConfig
+from fsae.data.order import EpochItems, MicroBatches
 from fsae.data.video import VideoInfo, write_video
 from fsae.errors import UserError
-from fsae.training.order import EpochItems, MicroBatches
 
 
 def video(path: Path, height: int, width: int, frames: int = 12, level: int = 40) -> None:
@@ -125,7 +125,7 @@ def test_impossible_clips_are_refused() -> None:
 
 
 def test_settings_need_no_torch() -> None:
-    code = "import sys, fsae.data.settings, fsae.data.sources; assert 'torch' not in sys.modules"
+    code = "import sys, fsae.data.config, fsae.data.sources; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

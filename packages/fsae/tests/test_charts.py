@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fsae.charts import heat_map
+from fsae.evaluation.charts import heat_map
 
 
 def drawn(values: list[list[float]], **options: tuple[float, float]) -> Image.Image:

@@ -15,9 +15,9 @@ from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fsae.checkpoint import StrictModelMixin, load_state, save_state, tensor_shapes
 from fsae.errors import CheckpointError, UserError
 from fsae.model import FSAE
+from fsae.storage.checkpoint import StrictModelMixin, load_state, save_state, tensor_shapes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"

@@ -15,18 +15,19 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from fsae import evaluation, transcoding
 from fsae.cli import main
 from fsae.cli.options import parse_bytes
 from fsae.data.datasets import cover
 from fsae.data.image import load_image
-from fsae.data.latents import SavedLatents, load_latents, save_latents
 from fsae.data.video import read_video, to_video_tensor, write_video
 from fsae.errors import UserError
-from fsae.evaluation import EvalSettings
+from fsae.evaluation import evaluate as evaluation
+from fsae.evaluation.evaluate import EvalSettings
 from fsae.model import FSAE
-from fsae.training import autoencoder
-from fsae.training.stages import AutoencoderConfig
+from fsae.stages import task as autoencoder
+from fsae.stages.config import AutoencoderConfig
+from fsae.transcoding import transcode as transcoding
+from fsae.transcoding.latents import SavedLatents, load_latents, save_latents
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fsae import FSAE
 from fsae.cli import main
-from fsae.convert import from_dc_ae, plan_conversion
 from fsae.errors import CheckpointError, UserError
+from fsae.weights.convert import from_dc_ae, plan_conversion
 
 SANA: dict[str, Any] = {
     "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
@@ -421,7 +421,7 @@ def test_command_checks_before_it_works(
         return error
 
     with monkeypatch.context() as patch:
-        patch.setattr("fsae.convert.from_dc_ae", None)
+        patch.setattr("fsae.weights.convert.from_dc_ae", None)
         assert "is a file" in refused(str(folder), "-o", str(tmp_path / "file"))
         assert "not empty" in refused(str(folder), "-o", str(tmp_path / "full"))
         assert "no folder" in refused(str(folder), "-o", str(tmp_path / "a" / "b"))

@@ -14,14 +14,23 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fsae import evaluation
-from fsae.charts import frame_grid, line_charts
 from fsae.data.datasets import VideoFolder
 from fsae.data.video import write_video
 from fsae.errors import UserError
-from fsae.evaluation import Clocks, EvalSettings, evaluate, peak_memory, strict, table
-from fsae.intrinsic_dimension import intrinsic_dimension, latent_points
-from fsae.metrics import VideoFeatures, flicker, frame_flicker, frame_psnr, frame_ssim, frechet_distance, psnr, ssim
+from fsae.evaluation import evaluate as evaluation
+from fsae.evaluation.charts import frame_grid, line_charts
+from fsae.evaluation.evaluate import Clocks, EvalSettings, evaluate, peak_memory, strict, table
+from fsae.evaluation.intrinsic_dimension import intrinsic_dimension, latent_points
+from fsae.evaluation.metrics import (
+    VideoFeatures,
+    flicker,
+    frame_flicker,
+    frame_psnr,
+    frame_ssim,
+    frechet_distance,
+    psnr,
+    ssim,
+)
 from fsae.model import FSAE
 
 TINY: dict[str, Any] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fsae.errors import UserError
-from fsae.files import atomic_path, check_folder, check_writable
+from fsae.storage.files import atomic_path, check_folder, check_writable
 
 
 def test_a_written_file_appears_under_its_name_alone(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fsae import FSAE
-from fsae.initialization import start_innermost_as_shortcuts, start_small
+from fsae.weights.initialization import start_innermost_as_shortcuts, start_small
 
 
 @torch.no_grad()

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from fsae.data.order import derived_generator
 from fsae.errors import UserError
 from fsae.training.checkpointing import checkpoint_step, checkpoints, load_tensors, read_json
 from fsae.training.config import LoopConfig, OptimizerConfig
 from fsae.training.loop import Task, train
-from fsae.training.order import derived_generator
 
 STEPS, KILLED_AT, SAVE_EVERY = 50, 30, 8
 

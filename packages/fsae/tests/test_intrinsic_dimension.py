@@ -11,7 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fsae.errors import UserError
-from fsae.intrinsic_dimension import intrinsic_dimension, latent_points, most_likely_dimension, neighbour_distances
+from fsae.evaluation.intrinsic_dimension import (
+    intrinsic_dimension,
+    latent_points,
+    most_likely_dimension,
+    neighbour_distances,
+)
 
 # dadapy 0.3.4 (numpy 1.26.4): Data(points, maxk=128).return_id_scaling_gride(range_max=64)[0] for `clouds()`.
 DADAPY = {

@@ -20,11 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fsae.data.order import DataOrder, derived_generator
 from fsae.errors import CheckpointError, UserError
 from fsae.training.checkpointing import check_settings, checkpoints
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import Task, train
-from fsae.training.order import DataOrder, derived_generator
 
 
 class Points(torch.utils.data.Dataset[dict[str, Any]]):

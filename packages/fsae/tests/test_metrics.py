@@ -14,8 +14,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
 from fsae.errors import UserError
-from fsae.losses.perceptual import PerceptualLoss
-from fsae.metrics import (
+from fsae.evaluation.metrics import (
     VideoFeatures,
     flicker,
     frame_flicker,
@@ -26,6 +25,7 @@ from fsae.metrics import (
     psnr,
     ssim,
 )
+from fsae.losses.perceptual import PerceptualLoss
 
 
 def videos() -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fsae import FSAE
 from fsae.errors import UserError
-from fsae.inflation import inflate
+from fsae.weights.inflation import inflate
 
 TINY: dict[str, Any] = {
     "widths": (4, 4, 8, 32, 32, 32, 32),

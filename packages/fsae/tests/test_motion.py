@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fsae import FSAE
-from fsae.initialization import start_small
 from fsae.layers.motion import FirstFrameSampling, MotionField, at_rate, inside, places_of, sample
 from fsae.streaming import FrameCache
 from fsae.tiling import Window
+from fsae.weights.initialization import start_small
 
 CELL = 8
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
+from fsae.data.order import DataOrder, derived_generator
 from fsae.errors import UserError
 from fsae.training import checkpointing
 from fsae.training.checkpointing import checkpoints, load_tensors
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import Task, train
-from fsae.training.order import DataOrder, derived_generator
 
 
 class Points(torch.utils.data.Dataset[Tensor]):
@@ -171,7 +171,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.Monkey
 
     # The control forgets the moments of both, which the comparison must notice.
     trained(tmp_path / "c", max_steps=3)
-    monkeypatch.setattr("fsae.training.trained.load_optimizer", lambda *arguments: None)
+    monkeypatch.setattr("fsae.training.engines.replicated.load_optimizer", lambda *arguments: None)
     assert not torch.equal(trained(tmp_path / "c"), expected)
 
 

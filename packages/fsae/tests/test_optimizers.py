@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fsae.errors import UserError
 from fsae.model import FSAE
-from fsae.training.autoencoder import AutoencoderTask
+from fsae.stages.task import AutoencoderTask
 from fsae.training.checkpointing import check_settings, checkpoints, load_tensors, read_json, write_json
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import Task, train
@@ -284,7 +284,7 @@ def test_a_resumed_run_is_bit_for_bit_the_whole_one(
 
     # The control forgets the moments, which the comparison must notice.
     run(tmp_path / "control", Reconstruct(MUON), mixed_precision=precision, max_steps=3)
-    monkeypatch.setattr("fsae.training.trained.load_optimizer", lambda optimizer, moments, names: None)
+    monkeypatch.setattr("fsae.training.engines.replicated.load_optimizer", lambda optimizer, moments, names: None)
     control = run(tmp_path / "control", Reconstruct(MUON), mixed_precision=precision)
     assert {f"net/{name}" for name in OF_MUON} | {"net/enter.weight", "critic/1.weight"} <= differences(control, whole)
 

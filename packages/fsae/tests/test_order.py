@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch.utils.data import DataLoader
 
-from fsae.training.order import DataOrder, EpochItems, MicroBatches, derived_generator, derived_seed, order_of
+from fsae.data.order import DataOrder, EpochItems, MicroBatches, derived_generator, derived_seed, order_of
 
 
 def stream(order: DataOrder, steps: int) -> list[tuple[int, int]]:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fsae.layers.attention import FirstFrameAttention
 from fsae.model import FSAE
+from fsae.stages.patches import Patch, decode, draw_patch, exact_core
 from fsae.tiling import Window
-from fsae.training.patches import Patch, decode, draw_patch, exact_core
 
 SIZES: dict[str, Any] = {
     "widths": (8, 8, 8, 8, 8, 8, 8),

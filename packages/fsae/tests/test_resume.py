@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from fsae.model import FSAE
+from fsae.stages.task import AutoencoderTask
 from fsae.training import checkpointing
-from fsae.training.autoencoder import AutoencoderTask
 from fsae.training.checkpointing import checkpoints, load_tensors, read_json
 from fsae.training.config import LoopConfig, OptimizerConfig
 from fsae.training.loop import train

@@ -20,10 +20,10 @@ from torch.nn.functional import softplus
 
 from fsae.errors import UserError
 from fsae.model import FSAE
-from fsae.training import sharding
-from fsae.training.autoencoder import AutoencoderTask
+from fsae.stages.task import AutoencoderTask
 from fsae.training.checkpointing import checkpoints, load_tensors, read_json
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
+from fsae.training.engines import fsdp2 as sharding
 from fsae.training.loop import Task, TrainingResult, train
 
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from fsae.data.order import data_place
 from fsae.errors import UserError
 from fsae.training.checkpointing import checkpoints, load_tensors, read_json
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import Task, train
-from fsae.training.order import data_place
 
 
 class Points(torch.utils.data.Dataset[Tensor]):

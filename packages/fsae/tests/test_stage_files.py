@@ -15,24 +15,25 @@ from torch import Tensor
 
 from fsae.cli import main
 from fsae.data.buckets import BucketedClips
+from fsae.data.config import BucketConfig, SourceConfig
 from fsae.data.datasets import VideoFolder
-from fsae.data.settings import BucketConfig, SourceConfig
 from fsae.data.video import write_video
 from fsae.errors import CheckpointError, UserError
 from fsae.losses.alignment import TrunkTeacher
 from fsae.model import FSAE
-from fsae.training import autoencoder, beginnings
-from fsae.training.autoencoder import make_task, train_autoencoder
-from fsae.training.beginnings import prepared_model
-from fsae.training.config import LoopConfig
-from fsae.training.objective import Adversary
-from fsae.training.stages import (
+from fsae.stages import start as beginnings
+from fsae.stages import task as autoencoder
+from fsae.stages.config import (
     AdversarialConfig,
     AlignmentConfig,
     AutoencoderConfig,
     DistillationConfig,
     PatchConfig,
 )
+from fsae.stages.objective import Adversary
+from fsae.stages.start import prepared_model
+from fsae.stages.task import make_task, train_autoencoder
+from fsae.training.config import LoopConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SIZES: dict[str, Any] = {

@@ -18,18 +18,18 @@ from fsae.losses.alignment import TrunkTeacher, teacher_features
 from fsae.losses.distillation import feature_distance, recorded, shared_stages
 from fsae.losses.perceptual import PerceptualLoss
 from fsae.model import FSAE
-from fsae.training.autoencoder import AutoencoderTask
-from fsae.training.config import LoopConfig, OptimizerConfig
-from fsae.training.loop import train
-from fsae.training.objective import Adversary, Alignment, Distillation
-from fsae.training.patches import draw_patch
-from fsae.training.stages import (
+from fsae.stages.config import (
     AdversarialConfig,
     AlignmentConfig,
     DistillationConfig,
     PatchConfig,
 )
-from fsae.variants import to_lite, to_standard
+from fsae.stages.objective import Adversary, Alignment, Distillation
+from fsae.stages.patches import draw_patch
+from fsae.stages.task import AutoencoderTask
+from fsae.training.config import LoopConfig, OptimizerConfig
+from fsae.training.loop import train
+from fsae.weights.variants import to_lite, to_standard
 
 SIZES: dict[str, Any] = {
     "widths": (8, 8, 8, 8, 8, 8, 8),

@@ -17,15 +17,15 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from fsae import transcoding
-from fsae.data.latents import SavedLatents, load_latents
-from fsae.data.segments import join_videos
 from fsae.data.video import probe, read_video, to_frames, to_video_tensor, write_video
 from fsae.errors import UserError
-from fsae.fingerprint import encoder_fingerprint, model_fingerprint
 from fsae.model import FSAE
+from fsae.storage.fingerprint import encoder_fingerprint, model_fingerprint
 from fsae.tiling import foresee
-from fsae.transcoding import decode_file, encode_file, stream_reach
+from fsae.transcoding import transcode as transcoding
+from fsae.transcoding.latents import SavedLatents, load_latents
+from fsae.transcoding.segments import join_videos
+from fsae.transcoding.transcode import decode_file, encode_file, stream_reach
 
 # Few convolutions over time, so that a reach is a few latents and a clip of a hundred frames is many of it.
 TINY: dict[str, Any] = {
@@ -233,7 +233,9 @@ def test_a_decoder_of_whole_clips_shows_its_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiles: int
 ) -> None:
     shown_at_once = {"delay": 0, "mininterval": 0}
-    monkeypatch.setattr("fsae.transcoding.tqdm", lambda *given, **named: tqdm(*given, **(named | shown_at_once)))
+    monkeypatch.setattr(
+        "fsae.transcoding.transcode.tqdm", lambda *given, **named: tqdm(*given, **(named | shown_at_once))
+    )
     monkeypatch.setattr("fsae.model.plan", lambda *given: foresee(*given[:2], given[4], (1, tiles)))
     model = tiny("standard")
     saved = SavedLatents(torch.randn(8, 2, 4, 4), 12.0)
@@ -360,7 +362,7 @@ def test_a_full_disk_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.M
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fsae.data.latents.save_file", full)
+    monkeypatch.setattr("fsae.transcoding.latents.save_file", full)
     with pytest.raises(UserError, match="No space left on device.*make room"):
         encode_file(tiny("lite"), video, tmp_path / "z.safetensors", frames=5)
     assert not (tmp_path / "z.safetensors").exists()
@@ -382,7 +384,7 @@ def test_fingerprints_tell_encoders_apart_and_not_decoders() -> None:
 
 KILLED = """
 import sys, time
-from fsae import transcoding
+from fsae.transcoding import transcode as transcoding
 from fsae.model import FSAE
 
 transcoding._CHUNK_PIXELS = 16 * 24 * 4 * 2

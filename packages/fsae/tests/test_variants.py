@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fsae import FSAE, slicing
+from fsae import FSAE
 from fsae.errors import UserError
-from fsae.foreign import Report
-from fsae.inflation import center_kernel, inflate
 from fsae.layers.motion import FirstFrameSampling
-from fsae.slicing import Moments, kept_channels
-from fsae.variants import to_lite, to_standard
+from fsae.storage.foreign import Report
+from fsae.weights import slicing
+from fsae.weights.inflation import center_kernel, inflate
+from fsae.weights.slicing import Moments, kept_channels
+from fsae.weights.variants import to_lite, to_standard
 
 SIZES: dict[str, Any] = {
     "widths": (8, 16, 32, 32),

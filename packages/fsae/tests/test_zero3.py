@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fsae.errors import CheckpointError, UserError
-from fsae.training import zero3
 from fsae.training.checkpointing import checkpoints, load_tensors, read_json
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
+from fsae.training.engines import zero3
 from fsae.training.loop import Task, TrainingResult, train
 
 

@@ -15,11 +15,11 @@ from fsae import FSAE
 from fsae.data.datasets import VideoFolder
 from fsae.data.image import cover
 from fsae.data.video import write_video
-from fsae.training.autoencoder import measure_latent_statistics
+from fsae.stages.task import measure_latent_statistics
 from fsdit import FSDiT
-from fsdit.cache import make_cache
 from fsdit.conditioning import nano_tokenizer
-from fsdit.preparation import CacheConfig
+from fsdit.preparation.cache import make_cache
+from fsdit.preparation.config import CacheConfig
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "immunohistochemistry", "retina")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}

@@ -24,18 +24,18 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5Enco
 
 from fsae import FSAE
 from fsae.data.buckets import BucketedClips
+from fsae.data.config import BucketConfig, SourceConfig
 from fsae.data.media import Media
-from fsae.data.settings import BucketConfig, SourceConfig
+from fsae.data.order import EpochItems, MicroBatches, order_of
 from fsae.data.sources import Entry
 from fsae.data.video import read_video, to_video_tensor, write_video
 from fsae.errors import UserError
-from fsae.fingerprint import encoder_fingerprint
-from fsae.training.order import EpochItems, MicroBatches, order_of
-from fsdit import cache, shards
+from fsae.storage.fingerprint import encoder_fingerprint
 from fsdit.cli import main
 from fsdit.conditioning import load_encoders, nano_tokenizer, pad_text
-from fsdit.data import CachedLatents, tell_missing_captions
-from fsdit.preparation import CacheConfig
+from fsdit.preparation import cache, shards
+from fsdit.preparation.config import CacheConfig
+from fsdit.training.data import CachedLatents, tell_missing_captions
 
 TINY_FSAE: dict[str, Any] = {
     "widths": (8, 8, 8, 8, 8, 8, 8),
@@ -216,7 +216,7 @@ def test_remains_of_a_killed_process_go(world: Path, whole: Path, tmp_path: Path
 # Waits in the second shard until it is interrupted.
 WAITING = """
 import sys, signal, time
-from fsdit import shards
+from fsdit.preparation import shards
 from fsdit.cli import main
 
 def waiting(folder, number, *content):

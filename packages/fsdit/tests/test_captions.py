@@ -24,10 +24,10 @@ from fsae.data.media import Media
 from fsae.data.sources import read_source
 from fsae.data.video import write_video
 from fsae.errors import CheckpointError, UserError
-from fsdit import captions
-from fsdit.captions import QwenCaptioner, sample_frames, write_captions
 from fsdit.cli import main
-from fsdit.preparation import PROMPT, CaptionConfig
+from fsdit.preparation import captions
+from fsdit.preparation.captions import QwenCaptioner, sample_frames, write_captions
+from fsdit.preparation.config import PROMPT, CaptionConfig
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 

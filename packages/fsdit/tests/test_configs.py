@@ -11,12 +11,13 @@ import pytest
 import yaml
 
 from fsae import FSAE
-from fsdit import FSDiT, training
+from fsdit import FSDiT
 from fsdit.cli import main
-from fsdit.config import TransformerConfig
-from fsdit.data import CachedLatents
-from fsdit.preparation import CacheConfig
+from fsdit.preparation.config import CacheConfig
 from fsdit.presets import PRESETS
+from fsdit.training import task as training
+from fsdit.training.config import TransformerConfig
+from fsdit.training.data import CachedLatents
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = ("pretrain-images", "pretrain-256", "pretrain-512", "sft")
@@ -71,7 +72,7 @@ def test_the_full_stages_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_file_that_reads_a_cache_says_how_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[CacheConfig] = []
-    monkeypatch.setattr("fsdit.cache.make_cache", lambda config: made.append(config) or CacheReport)
+    monkeypatch.setattr("fsdit.preparation.cache.make_cache", lambda config: made.append(config) or CacheReport)
     for file in CONFIGS.rglob("*.yaml"):
         config = parsed(["--config", str(file)], monkeypatch)
         comments = [line.lstrip("# ") for line in file.read_text().splitlines() if line.startswith("#")]

@@ -17,8 +17,8 @@ from torch import Tensor
 from fsae.errors import UserError
 from fsdit import FSDiT
 from fsdit.conditioning import first_frame_condition, model_input
-from fsdit.convert import from_wan, plan_conversion, shapes_of, target_options
-from fsdit.wan import layout_of, open_wan, wan_options
+from fsdit.wan.convert import from_wan, plan_conversion, shapes_of, target_options
+from fsdit.wan.transformer import layout_of, open_wan, wan_options
 
 I2V_14B: dict[str, Any] = {
     "in_channels": 36,

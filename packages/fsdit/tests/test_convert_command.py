@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from fsdit import FSDiT
 from fsdit.cli import main
-from fsdit.convert import from_wan
+from fsdit.wan.convert import from_wan
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_command_checks_before_it_works(
         return error
 
     with monkeypatch.context() as patch:
-        patch.setattr("fsdit.convert.from_wan", None)
+        patch.setattr("fsdit.wan.convert.from_wan", None)
         assert "not empty" in told(str(folder), "-o", str(tmp_path / "full"))
         assert "no folder" in told(str(folder), "-o", str(tmp_path / "a" / "b"))
         assert "--no-layer-memory" in told(str(folder), "-o", new, "--no-layer-memory", "--memory-gate")

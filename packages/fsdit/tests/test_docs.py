@@ -15,8 +15,9 @@ from diffusers import WanTransformer3DModel
 from PIL import Image
 
 from fsae import FSAE
-from fsdit import FSDiT, captions
+from fsdit import FSDiT
 from fsdit.cli import COMMANDS, main
+from fsdit.preparation import captions
 
 PACKAGE = Path(__file__).parents[1]
 PAGE = (PACKAGE / "README.md").read_text(encoding="utf-8")

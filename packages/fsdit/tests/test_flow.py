@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fsae.errors import UserError
-from fsdit.flow import FlowSchedule, clean_from_velocity, interpolate, pseudo_huber, velocity
+from fsdit.flow.path import FlowSchedule, clean_from_velocity, interpolate, pseudo_huber, velocity
 
 
 def test_sigmas_are_diffusers_grid() -> None:
@@ -85,5 +85,5 @@ def test_impossible_schedules_are_refused() -> None:
 
 
 def test_configurations_can_hold_a_schedule_without_torch() -> None:
-    code = "import sys, fsdit.flow, fsdit.config, fsdit.cli; print('torch' in sys.modules)"
+    code = "import sys, fsdit.flow.path, fsdit.training.config, fsdit.cli; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -28,11 +28,11 @@ from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
 from fsdit import FSDiT
 from fsdit.conditioning import Context, ImageEncoder, TextEncoder, first_frame_condition, nano_tokenizer
-from fsdit.config import TransformerConfig
-from fsdit.flow import FlowSchedule
+from fsdit.flow.path import FlowSchedule
+from fsdit.flow.sampling import denoise
 from fsdit.parallel import ContextParallel
-from fsdit.sampling import denoise
-from fsdit.training import FlowMatchingTask
+from fsdit.training.config import TransformerConfig
+from fsdit.training.task import FlowMatchingTask
 
 SIZES = (1, 2, 3, 4)
 # (latent grid, heads, patch): 15 tokens and 2 heads; 5 tokens, so that of 4 processes one has none, and 3 heads;

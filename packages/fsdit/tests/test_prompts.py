@@ -26,7 +26,7 @@ from fsdit.conditioning import (
     nano_tokenizer,
     text_encoder_fingerprint,
 )
-from fsdit.prompts import PromptCache
+from fsdit.preparation.prompts import PromptCache
 
 TEXT_LEN = 24
 PROMPTS = ["a cat", "", "  a   cat &amp;amp; a dog", "x" * 100, "a cat"]

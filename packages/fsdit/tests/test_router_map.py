@@ -21,7 +21,7 @@ from fsae.errors import UserError
 from fsdit import FSDiT
 from fsdit.cli import main
 from fsdit.conditioning import Context, first_frame_condition, load_encoders, model_input, nano_tokenizer
-from fsdit.flow import FlowSchedule
+from fsdit.flow.path import FlowSchedule
 from fsdit.layers.modulation import modulate
 from fsdit.router_map import RouterMap, RouterTally, map_routers, watch_routers
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from fsae.errors import UserError
 from fsdit import FSDiT
 from fsdit.conditioning import Condition, Context, first_frame_condition, model_input
-from fsdit.flow import FlowSchedule
+from fsdit.flow.path import FlowSchedule
+from fsdit.flow.sampling import CapturedDenoise, GuidedVelocity, Step, denoise
+from fsdit.flow.solvers import UniPC
 from fsdit.model import ContextCache
-from fsdit.sampling import CapturedDenoise, GuidedVelocity, Step, denoise
-from fsdit.solvers import UniPC
 
 SHAPE = (2, 4, 3, 2, 2)
 

@@ -20,8 +20,8 @@ from fsae.training.checkpointing import checkpoints, load_tensors, read_json
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import TrainingResult, train
 from fsdit import FSDiT
-from fsdit.config import TransformerConfig
-from fsdit.training import FlowMatchingTask
+from fsdit.training.config import TransformerConfig
+from fsdit.training.task import FlowMatchingTask
 
 KINDS = ("ddp", "fsdp2", "zero3")
 EPS = 0.01  # With a large eps an update follows its gradient; with a small one, the sign of a rounding error.

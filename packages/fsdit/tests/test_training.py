@@ -19,10 +19,10 @@ from fsae.training.loop import train
 from fsdit import FSDiT
 from fsdit.cli import main
 from fsdit.conditioning import ImageEncoder, TextEncoder, first_frame_condition, load_encoders, nano_tokenizer
-from fsdit.config import TransformerConfig
-from fsdit.data import CachedClips, encode_clips
-from fsdit.flow import FlowSchedule
-from fsdit.training import FlowMatchingTask, train_transformer
+from fsdit.flow.path import FlowSchedule
+from fsdit.training.config import TransformerConfig
+from fsdit.training.data import CachedClips, encode_clips
+from fsdit.training.task import FlowMatchingTask, train_transformer
 
 SMALL = {
     "dim": 64,
@@ -273,7 +273,7 @@ def test_a_still_is_validated_and_sampled_without_itself(tmp_path, monkeypatch: 
     held_out = torch.utils.data.default_collate(videos)
     shown: list[Any] = []
     decoded: list[Any] = []
-    monkeypatch.setattr("fsdit.training.denoise", lambda *given, **_: shown.append(given) or given[1])
+    monkeypatch.setattr("fsdit.training.task.denoise", lambda *given, **_: shown.append(given) or given[1])
     decode = autoencoder.decode
     monkeypatch.setattr(autoencoder, "decode", lambda *given: decoded.append(given) or decode(*given))
     task = FlowMatchingTask(*parts(), config(tmp_path), autoencoder, held_out)
@@ -480,7 +480,7 @@ assert not {"torch", "diffusers", "transformers"} & set(sys.modules)
 
 def test_flags_override_the_file(tmp_path, monkeypatch, capsys) -> None:
     seen = []
-    monkeypatch.setattr("fsdit.training.train_transformer", lambda config: seen.append(config) or [tmp_path / "x"])
+    monkeypatch.setattr("fsdit.training.task.train_transformer", lambda config: seen.append(config) or [tmp_path / "x"])
     file = tmp_path / "run.yaml"
     file.write_text(
         "data: clips\nautoencoder: ae\nflow: {shift: 7.0, std: 2.0}\nloop: {output_dir: out, max_steps: 5}\n"

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from fsae.training.checkpointing import checkpoints, load_tensors
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
-from fsdit import training
-from fsdit.config import TransformerConfig
-from fsdit.training import FlowMatchingTask, train_transformer
+from fsdit.training import task as training
+from fsdit.training.config import TransformerConfig
+from fsdit.training.task import FlowMatchingTask, train_transformer
 
 STEPS, KILLED_AT = 5, 3
 

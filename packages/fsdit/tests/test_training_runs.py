@@ -18,19 +18,20 @@ from torch.utils.data import Dataset
 
 from fsae import FSAE
 from fsae.data.buckets import BucketedClips
+from fsae.data.config import BucketConfig, SourceConfig
 from fsae.data.datasets import VideoFolder
-from fsae.data.settings import BucketConfig, SourceConfig
 from fsae.data.video import write_video
 from fsae.errors import UserError
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
-from fsdit import FSDiT, training
-from fsdit.cache import make_cache
+from fsdit import FSDiT
 from fsdit.conditioning import pad_text
-from fsdit.config import TransformerConfig
-from fsdit.data import CachedLatents
-from fsdit.flow import FlowSchedule
-from fsdit.preparation import CacheConfig
-from fsdit.training import FlowMatchingTask, train_transformer
+from fsdit.flow.path import FlowSchedule
+from fsdit.preparation.cache import make_cache
+from fsdit.preparation.config import CacheConfig
+from fsdit.training import task as training
+from fsdit.training.config import TransformerConfig
+from fsdit.training.data import CachedLatents
+from fsdit.training.task import FlowMatchingTask, train_transformer
 
 
 def configuration(films: Path, parts: Path, output: Path, **changes: Any) -> TransformerConfig:

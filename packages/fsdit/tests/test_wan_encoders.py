@@ -13,7 +13,7 @@ from torch import Tensor
 from fsae.errors import CheckpointError
 from fsdit.cli import main
 from fsdit.conditioning import ImageEncoder, load_encoders, nano_tokenizer
-from fsdit.wan_encoders import image_encoder, open_encoders, text_encoder
+from fsdit.wan.encoders import image_encoder, open_encoders, text_encoder
 
 TEXT_SHAPES: dict[str, tuple[int, ...]] = {
     "norm1.weight": (24,),

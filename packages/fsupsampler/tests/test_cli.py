@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fsdit.flow import FlowSchedule
+from fsdit.flow.path import FlowSchedule
 from fsupsampler.cli import main
-from fsupsampler.config import MaskConfig, RefinerConfig, RegularizationConfig, UpsamplerConfig, UpsamplerLoss
+from fsupsampler.training.config import MaskConfig, RefinerConfig, RegularizationConfig, UpsamplerConfig, UpsamplerLoss
 
 UPSAMPLER = ["train", "upsampler", "--data", "d", "--autoencoder", "nowhere"]
 REFINER = ["train", "refiner", *UPSAMPLER[2:], "--upsampler", "u", "--encoders", "e"]
@@ -40,7 +40,7 @@ assert not {"torch", "diffusers", "transformers"} & set(sys.modules)
 
 def capture(monkeypatch: pytest.MonkeyPatch, name: str, folder: Path) -> list[Any]:
     seen: list[Any] = []
-    monkeypatch.setattr(f"fsupsampler.training.{name}", lambda config: seen.append(config) or [folder])
+    monkeypatch.setattr(f"fsupsampler.training.task.{name}", lambda config: seen.append(config) or [folder])
     return seen
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fsae.errors import UserError
 from fsdit import FSDiT
 from fsdit.conditioning import Context, first_frame_condition
-from fsdit.flow import FlowSchedule, interpolate
+from fsdit.flow.path import FlowSchedule, interpolate
 from fsupsampler import LatentUpsampler
 from fsupsampler.refiner import (
     DynamicMask,

@@ -10,7 +10,6 @@ from torch import Generator, Tensor
 
 from fsae.errors import UserError
 from fsdit.conditioning import Condition, first_frame_condition
-from fsupsampler.config import RegularizationConfig
 from fsupsampler.regularization import (
     drop_condition,
     frame_order,
@@ -18,6 +17,7 @@ from fsupsampler.regularization import (
     replace_frames,
     shuffle_frames,
 )
+from fsupsampler.training.config import RegularizationConfig
 
 T = 7
 

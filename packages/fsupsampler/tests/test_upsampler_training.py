@@ -16,11 +16,11 @@ from fsae import FSAE
 from fsae.errors import UserError
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
-from fsdit.data import CachedClips
+from fsdit.training.data import CachedClips
 from fsupsampler import LatentUpsampler
-from fsupsampler.config import UpsamplerConfig, UpsamplerLoss
-from fsupsampler.data import CachedPairs, encode_pair, encode_pairs, halve
-from fsupsampler.training import UpsamplerTask, train_upsampler
+from fsupsampler.training.config import UpsamplerConfig, UpsamplerLoss
+from fsupsampler.training.data import CachedPairs, encode_pair, encode_pairs, halve
+from fsupsampler.training.task import UpsamplerTask, train_upsampler
 from fsupsampler.upsampler import nearest_upsample
 
 SMALL: dict[str, Any] = {"latent_channels": 4, "mid_channels": 16, "num_blocks": 1, "norm_groups": 4}

@@ -14,8 +14,8 @@ from PIL import Image
 from fsae.data.video import to_frames, to_video_tensor
 from fsae.errors import UserError
 from fsdit.conditioning import Context, ImageEncoder, TextEncoder, first_frame_condition
-from fsdit.flow import FlowSchedule
-from fsdit.sampling import denoise
+from fsdit.flow.path import FlowSchedule
+from fsdit.flow.sampling import denoise
 from fsupsampler.refiner import refiner_condition
 from fsvideo_pipeline.output import load_sample, save_sample
 from fsvideo_pipeline.pipeline import FSVideoPipeline, Progress

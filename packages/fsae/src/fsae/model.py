@@ -18,7 +18,6 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from fsae.checkpoint import StrictModelMixin
 from fsae.decoder import Decoder, DecoderKind, FirstFrame
 from fsae.encoder import Encoder
 from fsae.errors import UserError
@@ -26,6 +25,7 @@ from fsae.layers.blocks import BlockStyle
 from fsae.layers.shortcuts import ShortcutKind
 from fsae.presets import PRESETS
 from fsae.statistics import latent_statistics
+from fsae.storage.checkpoint import StrictModelMixin
 from fsae.tiling import Plan, Video, plan
 
 # Latents that a stream's chunk is worked on at a time, where memory allows.

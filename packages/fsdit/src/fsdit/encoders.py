@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fsae.checkpoint import tensor_shapes
 from fsae.errors import CheckpointError
-from fsae.files import read_json
-from fsae.fingerprint import weights_fingerprint
+from fsae.storage.checkpoint import tensor_shapes
+from fsae.storage.files import read_json
+from fsae.storage.fingerprint import weights_fingerprint
 
 # Of a configuration, what says where and by what it was written.
 _FLEETING = ("_name_or_path", "transformers_version")

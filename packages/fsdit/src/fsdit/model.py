@@ -16,8 +16,8 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from fsae.checkpoint import StrictModelMixin
 from fsae.errors import UserError
+from fsae.storage.checkpoint import StrictModelMixin
 from fsdit.layers.attention import CrossAttention, KeysValues, SelfAttention
 from fsdit.layers.embeddings import ImageEmbedding, TextEmbedding, TimeEmbedding
 from fsdit.layers.layer_memory import LayerRouter, States, retrieve
@@ -276,7 +276,7 @@ class FSDiT(StrictModelMixin):
         nn.init.zeros_(self.head.head.weight)
 
     def router_parameters(self) -> list[nn.Parameter]:
-        """All router weights and biases: they train with ten times the rate and no weight decay (`fsdit.training`)."""
+        """All router weights and biases: they train at ten times the rate, without decay (`fsdit.training.task`)."""
         return [p for m in self.blocks.modules() if isinstance(m, LayerRouter) for p in m.parameters()]
 
     def enable_context_parallel(self, group: Any = None) -> None:

@@ -23,15 +23,15 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from fsae import FSAE
-from fsae.charts import heat_map
 from fsae.data.datasets import VideoFolder
 from fsae.errors import UserError
-from fsae.files import atomic_path
+from fsae.evaluation.charts import heat_map
+from fsae.storage.files import atomic_path
 from fsdit.conditioning import Context, ImageEncoder, TextEncoder, hidden, model_input, training_condition
-from fsdit.data import CachedLatents
-from fsdit.flow import TIMESTEPS, FlowSchedule, interpolate
+from fsdit.flow.path import TIMESTEPS, FlowSchedule, interpolate
 from fsdit.layers.layer_memory import LayerRouter
 from fsdit.model import FSDiT
+from fsdit.training.data import CachedLatents
 
 
 @dataclass(frozen=True)

@@ -26,26 +26,26 @@ def train(argv: list[str]) -> int:
 
 def train_upsampler(argv: list[str]) -> int:
     """``fsupsampler train upsampler``: each field of UpsamplerConfig is a flag and a key of the YAML file."""
-    from fsupsampler.config import UpsamplerConfig
+    from fsupsampler.training.config import UpsamplerConfig
 
     description = "Train LatentUpsampler; the result is OUTPUT_DIR/upsampler."
     config = read_settings("fsupsampler train upsampler", description, UpsamplerConfig, argv)
 
     from fsae.training.runs import tell_saved
-    from fsupsampler.training import train_upsampler as run_training
+    from fsupsampler.training.task import train_upsampler as run_training
 
     return tell_saved(run_training(config))
 
 
 def train_refiner(argv: list[str]) -> int:
     """``fsupsampler train refiner``: each field of RefinerConfig is a flag and a key of the YAML file."""
-    from fsupsampler.config import RefinerConfig
+    from fsupsampler.training.config import RefinerConfig
 
     description = "Train the refiner; the result is OUTPUT_DIR/refiner and OUTPUT_DIR/dynamic_mask."
     # The encoders are the base model's and never trained, which leaves that option nothing to say.
     config = read_settings("fsupsampler train refiner", description, RefinerConfig, argv, without=["train_encoders"])
 
     from fsae.training.runs import tell_saved
-    from fsupsampler.training import train_refiner as run_training
+    from fsupsampler.training.task import train_refiner as run_training
 
     return tell_saved(run_training(config))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fsae.errors import UserError
 from fsdit.conditioning import Condition, Context, model_input
-from fsdit.flow import TIMESTEPS, interpolate
+from fsdit.flow.path import TIMESTEPS, interpolate
 
 MaskRule = Callable[[Tensor], Tensor]
 """Error map `B 1 1 h w` -> mask `B 1 1 h w` in [0, 1]."""

@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from fsdit.conditioning import Condition
-from fsupsampler.config import RegularizationConfig
+from fsupsampler.training.config import RegularizationConfig
 
 
 def regularize(condition: Condition, clean: Tensor, config: RegularizationConfig, generator: Generator) -> Condition:

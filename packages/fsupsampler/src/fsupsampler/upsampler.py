@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from fsae.checkpoint import StrictModelMixin
 from fsae.errors import UserError
 from fsae.layers.conv import VideoConv3d
 from fsae.layers.norm import PixelNorm
 from fsae.statistics import latent_statistics
+from fsae.storage.checkpoint import StrictModelMixin
 from fsupsampler.presets import PRESETS
 
 NormKind = Literal["group", "pixel"]

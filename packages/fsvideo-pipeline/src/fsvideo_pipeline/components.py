@@ -2,8 +2,8 @@
 that names it.
 
 The folder is diffusers' layout: model_index.json and one subfolder a component. Our own models check themselves
-(`fsae.checkpoint`), the encoders and the tokenizer are checked by `fsdit.encoders`. Classes are never imported because
-a file names them.
+(`fsae.storage.checkpoint`), the encoders and the tokenizer are checked by `fsdit.encoders`. Classes are never imported
+because a file names them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from transformers import CLIPVisionModel, PreTrainedModel, UMT5EncoderModel
 
 from fsae.errors import CheckpointError
-from fsae.files import read_json
 from fsae.model import FSAE
+from fsae.storage.files import read_json
 from fsdit.encoders import load_encoder, load_tokenizer
 from fsdit.model import FSDiT
 from fsupsampler.refiner import DynamicMask

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fsae.data.video import check_video_target, write_video
 from fsae.errors import CheckpointError
-from fsae.files import check_writable
+from fsae.storage.files import check_writable
 
 if TYPE_CHECKING:
     from fsvideo_pipeline.pipeline import Sample
@@ -33,7 +33,7 @@ def check_output(video: str | os.PathLike[str]) -> None:
     """Check before any work that a video and its latents can be written.
 
     Raises:
-        UserError: as `fsae.data.video.check_video_target` and `fsae.files.check_writable`.
+        UserError: as `fsae.data.video.check_video_target` and `fsae.storage.files.check_writable`.
     """
     check_video_target(video)
     check_writable(latents_path(video))
@@ -69,7 +69,7 @@ def save_sample(path: str | os.PathLike[str], sample: Sample) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from fsae.files import atomic_path
+    from fsae.storage.files import atomic_path
 
     tensors = {
         "latents": sample.latents.contiguous(),
@@ -89,7 +89,7 @@ def load_sample(path: str | os.PathLike[str]) -> Sample:
     """
     from safetensors import safe_open
 
-    from fsae.checkpoint import tensor_shapes
+    from fsae.storage.checkpoint import tensor_shapes
     from fsvideo_pipeline.pipeline import Sample
     from fsvideo_pipeline.plan import VideoPlan
 

@@ -36,9 +36,9 @@ from fsae.data.video import to_frames, to_video_tensor
 from fsae.errors import UserError
 from fsae.model import FSAE
 from fsdit.conditioning import Condition, Context, ImageEncoder, TextEncoder, first_frame_condition
-from fsdit.flow import FlowSchedule
+from fsdit.flow.path import FlowSchedule
+from fsdit.flow.sampling import Step, denoise
 from fsdit.model import FSDiT
-from fsdit.sampling import Step, denoise
 from fsupsampler.refiner import DynamicMask, refiner_condition
 from fsupsampler.upsampler import LatentUpsampler
 from fsvideo_pipeline.canvas import crop_video, make_canvas

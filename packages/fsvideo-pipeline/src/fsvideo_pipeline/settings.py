@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fsae.errors import CheckpointError, UserError
-from fsae.files import read_json
+from fsae.storage.files import read_json
 
 MODEL_INDEX = "model_index.json"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fsae.cli.output import check_new_folder, save_to
 from fsae.errors import UserError
-from fsae.files import read_json
+from fsae.storage.files import read_json
 
 if TYPE_CHECKING:
     from fsae.model import FSAE
@@ -65,10 +65,10 @@ def _kind_of(source: str) -> str | None:
 
 def _convert(options: argparse.Namespace, kind: str | None) -> FSAE:
     """Go from kind to kind, from what the source is to what is asked for; print a table a step."""
-    from fsae.convert import from_dc_ae
-    from fsae.foreign import Report
     from fsae.model import FSAE
-    from fsae.variants import to_lite, to_standard
+    from fsae.storage.foreign import Report
+    from fsae.weights.convert import from_dc_ae
+    from fsae.weights.variants import to_lite, to_standard
 
     print(f"reading {options.source}", file=sys.stderr)
     if kind is None:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from fsae.cli.options import add_memory_option, add_model_options, check_output, load_model
 from fsae.errors import UserError
-from fsae.files import atomic_path
+from fsae.storage.files import atomic_path
 
 if TYPE_CHECKING:
     import torch
 
-    from fsae.data.latents import SavedLatents
     from fsae.model import FSAE
+    from fsae.transcoding.latents import SavedLatents
 
 
 def main(argv: list[str]) -> int:
@@ -26,8 +26,8 @@ def main(argv: list[str]) -> int:
 
     check_output(options.output, (*SUFFIXES, ".png"))
 
-    from fsae.data.latents import load_latents
-    from fsae.transcoding import decode_file
+    from fsae.transcoding.latents import load_latents
+    from fsae.transcoding.transcode import decode_file
 
     saved = load_latents(options.input)
     picture = options.output.lower().endswith(".png")
@@ -70,7 +70,7 @@ def _check_fit(path: str, saved: SavedLatents, model: FSAE) -> None:
     if channels != wanted:
         raise UserError(f"the latents have {channels} channels, the model {wanted}; give the model that made them")
 
-    from fsae.fingerprint import encoder_fingerprint
+    from fsae.storage.fingerprint import encoder_fingerprint
 
     if saved.encoder is not None and saved.encoder != encoder_fingerprint(model):
         raise UserError(

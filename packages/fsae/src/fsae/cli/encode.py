@@ -13,7 +13,7 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     check_output(options.output, (".safetensors",))
 
-    from fsae.transcoding import encode_file
+    from fsae.transcoding.transcode import encode_file
 
     began = time.monotonic()
     saved = encode_file(load_model(options), options.input, options.output, options.frames, options.memory)

@@ -14,7 +14,7 @@ def main(argv: list[str]) -> int:
     """``fsae eval``: a folder with eval.json, table.md, grid.png and curves.png."""
     options = _parser().parse_args(argv)
 
-    from fsae.evaluation import EvalSettings, evaluate
+    from fsae.evaluation.evaluate import EvalSettings, evaluate
 
     settings = EvalSettings(
         data=options.data,

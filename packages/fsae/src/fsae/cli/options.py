@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fsae.errors import UserError
-from fsae.files import check_writable
+from fsae.storage.files import check_writable
 
 if TYPE_CHECKING:
     from fsae.model import FSAE

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fsae.errors import UserError
-from fsae.files import check_writable
+from fsae.storage.files import check_writable
 
 
 def check_new_folder(output: str) -> None:

@@ -7,11 +7,11 @@ from fsae.commandline import read_settings
 
 def main(argv: list[str]) -> int:
     """``fsae train``: every field of AutoencoderConfig is a flag and a key of the YAML file."""
-    from fsae.training.stages import AutoencoderConfig
+    from fsae.stages.config import AutoencoderConfig
 
     config = read_settings("fsae train", "Train FSAE; the result is OUTPUT_DIR/autoencoder.", AutoencoderConfig, argv)
 
-    from fsae.training.autoencoder import train_autoencoder
+    from fsae.stages.task import train_autoencoder
     from fsae.training.runs import tell_saved
 
     folder = train_autoencoder(config)

@@ -21,15 +21,15 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from fsae.data.config import BucketConfig, ClipsConfig
 from fsae.data.datasets import ClipDataset
 from fsae.data.image import cover, image_size, load_image
 from fsae.data.media import Media
+from fsae.data.order import derived_generator, derived_seed
 from fsae.data.readers import check_length, check_reader, draw_clip
-from fsae.data.settings import BucketConfig, ClipsConfig
 from fsae.data.sources import Entry, read_source
 from fsae.data.video import VideoInfo, probe
 from fsae.errors import UserError
-from fsae.training.order import derived_generator, derived_seed
 
 _PROBING_THREADS = 8  # more than processors: most of the time is waiting for the disk
 

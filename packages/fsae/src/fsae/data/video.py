@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fsae.data.media import Readable, as_media, check_file
 from fsae.errors import UserError
-from fsae.files import atomic_path, check_writable
+from fsae.storage.files import atomic_path, check_writable
 
 if TYPE_CHECKING:
     import torch
@@ -186,7 +186,7 @@ def check_video_target(path: str | os.PathLike[str]) -> None:
     """Check before any work that `write_video` will be able to write `path`.
 
     Raises:
-        UserError: the suffix is none of `SUFFIXES`, or `fsae.files.check_writable` refuses the place.
+        UserError: the suffix is none of `SUFFIXES`, or `fsae.storage.files.check_writable` refuses the place.
     """
     if Path(path).suffix.lower() not in SUFFIXES:
         raise UserError(f"cannot write {path} as a video; give a name that ends in {', '.join(SUFFIXES)}")

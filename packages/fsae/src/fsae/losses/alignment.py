@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fsae.errors import CheckpointError, UserError
-from fsae.files import read_json
 from fsae.losses.perceptual import PerceptualLoss
+from fsae.storage.files import read_json
 
 TEACHER_SIZE = 224
 """Pixels a side of the pictures that teachers see, whatever the clip's size and shape: 16 x 16 patches of 14."""

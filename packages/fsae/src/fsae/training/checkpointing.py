@@ -28,10 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fsae.checkpoint import read_state, save_state
 from fsae.errors import CheckpointError, UserError
-from fsae.files import atomic_path
-from fsae.training.sharding import placed
+from fsae.storage.checkpoint import read_state, save_state
+from fsae.storage.files import atomic_path
+from fsae.training.engines.fsdp2 import placed
 
 _NAME = re.compile(r"checkpoint-(\d{8,})")
 

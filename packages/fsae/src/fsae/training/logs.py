@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fsae.errors import UserError
-from fsae.files import atomic_path
+from fsae.storage.files import atomic_path
 
 
 class Logs:

@@ -31,17 +31,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
-from fsae.checkpoint import save_state
+from fsae.data.order import EpochItems, MicroBatches, data_place, derived_generator, derived_seed, order_of
 from fsae.errors import CheckpointError, UserError
+from fsae.storage.checkpoint import save_state
 from fsae.training import checkpointing
 from fsae.training.config import LoopConfig
 from fsae.training.ema import MovingAverage
+from fsae.training.engines.replicated import Trained
+from fsae.training.engines.zero3 import Zero3
 from fsae.training.logs import Logs
-from fsae.training.order import EpochItems, MicroBatches, data_place, derived_generator, derived_seed, order_of
 from fsae.training.stopping import StopRequests, WorkerSignals
 from fsae.training.task import KEEP, Task, decay_groups
-from fsae.training.trained import Trained
-from fsae.training.zero3 import Zero3
 
 __all__ = ["Task", "TrainingResult", "train"]
 

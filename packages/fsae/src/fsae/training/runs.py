@@ -15,10 +15,10 @@ from torch.utils.data import default_collate
 
 from fsae.commandline import INTERRUPTED
 from fsae.data.buckets import BucketedClips
+from fsae.data.config import ClipsConfig
 from fsae.data.datasets import ClipDataset, VideoFolder
-from fsae.data.settings import ClipsConfig
 from fsae.errors import UserError
-from fsae.files import check_folder
+from fsae.storage.files import check_folder
 from fsae.training.config import LoopConfig
 from fsae.training.loop import TrainingResult
 

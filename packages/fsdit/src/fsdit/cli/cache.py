@@ -10,7 +10,7 @@ from fsae.commandline import read_settings
 
 def main(argv: list[str]) -> int:
     """``fsdit cache``: every field of CacheConfig is a flag and a key of the YAML file."""
-    from fsdit.preparation import CacheConfig
+    from fsdit.preparation.config import CacheConfig
 
     description = (
         "Encode clips and captions once, for trainings with --cache. What is finished stays; the same command goes on "
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     )
     config = read_settings("fsdit cache", description, CacheConfig, argv)
 
-    from fsdit.cache import make_cache
+    from fsdit.preparation.cache import make_cache
 
     report = make_cache(config)
     tell_skipped(report.skipped)

@@ -8,12 +8,12 @@ from fsdit.cli.cache import tell_skipped
 
 def main(argv: list[str]) -> int:
     """``fsdit caption``: every field of CaptionConfig is a flag and a key of the YAML file."""
-    from fsdit.preparation import CaptionConfig
+    from fsdit.preparation.config import CaptionConfig
 
     description = "Write captions with Qwen2.5-VL. What is written stays; the same command goes on with the rest."
     config = read_settings("fsdit caption", description, CaptionConfig, argv)
 
-    from fsdit.captions import write_captions
+    from fsdit.preparation.captions import write_captions
 
     report = write_captions(config)
     tell_skipped(report.skipped)

@@ -65,7 +65,7 @@ def _check_options(options: argparse.Namespace) -> None:
 def _convert_transformer(options: argparse.Namespace) -> None:
     import torch
 
-    from fsdit.convert import from_wan
+    from fsdit.wan.convert import from_wan
 
     print(f"reading {options.source}", file=sys.stderr)
     model, report = from_wan(
@@ -83,7 +83,7 @@ def _convert_transformer(options: argparse.Namespace) -> None:
 
 
 def _convert_encoders(options: argparse.Namespace) -> None:
-    from fsdit.wan_encoders import open_encoders, save_encoders
+    from fsdit.wan.encoders import open_encoders, save_encoders
 
     print(f"reading {options.source}", file=sys.stderr)
     encoders = open_encoders(options.source)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from fsae.commandline import read_settings
 from fsae.errors import UserError, require
-from fsae.files import check_writable
+from fsae.storage.files import check_writable
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     from fsae.devices import choose_device
-    from fsdit.flow import FlowSchedule
+    from fsdit.flow.path import FlowSchedule
     from fsdit.model import FSDiT
     from fsdit.router_map import map_routers
 
@@ -103,9 +103,9 @@ def _clips(config: RouterMapConfig, model: Any) -> Iterator[Any]:
     from fsae import FSAE
     from fsae.data.datasets import VideoFolder
     from fsdit.conditioning import load_encoders
-    from fsdit.data import CachedLatents
     from fsdit.router_map import cached_clips, encoded_clips
-    from fsdit.training import check_widths
+    from fsdit.training.data import CachedLatents
+    from fsdit.training.task import check_widths
 
     if config.cache:
         cache = CachedLatents(config.cache)

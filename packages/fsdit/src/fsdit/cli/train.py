@@ -7,12 +7,12 @@ from fsae.commandline import read_settings
 
 def main(argv: list[str]) -> int:
     """``fsdit train``: every field of TransformerConfig is a flag and a key of the YAML file."""
-    from fsdit.config import TransformerConfig
+    from fsdit.training.config import TransformerConfig
 
     description = "Train FSDiT; the result is OUTPUT_DIR/transformer, with the trained encoders beside it."
     config = read_settings("fsdit train", description, TransformerConfig, argv)
 
     from fsae.training.runs import tell_saved
-    from fsdit.training import train_transformer
+    from fsdit.training.task import train_transformer
 
     return tell_saved(train_transformer(config))

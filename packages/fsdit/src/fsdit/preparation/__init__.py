@@ -1,0 +1,1 @@
+"""Clips made ready for training once: captions, prompts, latents in shards."""

@@ -1,0 +1,299 @@
+"""``fsdit cache``: a list of clips and captions becomes sharded files of latents and embeddings (paper §2.3.2).
+
+The list of samples follows from the settings: for each bucket, for each source, its files, ``clips_per_file`` times.
+Sample N is in shard N // shard_size, and shard k is made by process k % ranks, which asks no other. So what is made
+does not depend on how many processes make it, or how often they are stopped.
+
+The encoders take turns: the text encoder, the largest, for all captions; then the image encoder and the autoencoder
+together, so that each clip is read once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby, islice
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fsae import FSAE
+from fsae.data.buckets import BucketedClips
+from fsae.data.video import to_video_tensor
+from fsae.devices import choose_device
+from fsae.errors import UserError
+from fsae.storage.files import check_folder
+from fsae.storage.fingerprint import encoder_fingerprint
+from fsdit.conditioning import (
+    ImageEncoder,
+    image_encoder_fingerprint,
+    load_image_encoder,
+    load_text_encoder,
+    loaded,
+    text_encoder_fingerprint,
+)
+from fsdit.preparation import shards
+from fsdit.preparation.config import CacheConfig
+from fsdit.preparation.prompts import PromptCache
+from fsdit.training.data import tell_missing_captions
+
+_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+class Place(NamedTuple):
+    """A sample of the list, before it is read: ``item`` of the clips, drawn for the ``epoch``-th time."""
+
+    number: int
+    bucket: int
+    source: int
+    item: int
+    epoch: int
+
+
+class Clip(NamedTuple):
+    """A sample that was read, ``3 T H W`` in [-1, 1], and its span; or why it could not be."""
+
+    place: Place
+    video: Tensor | None
+    span: tuple[float, float] = (0.0, 0.0)
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What a process has done.
+
+    Attributes:
+        folder: The cache.
+        samples: Samples in this process's shards.
+        made: Shards that it made now.
+        kept: Shards that were finished.
+        missing: Shards, of all processes, that are not.
+        skipped: Each file of this process's that could not be read, and why.
+    """
+
+    folder: Path
+    samples: int
+    made: int
+    kept: int
+    missing: int
+    skipped: dict[str, str]
+
+
+def make_cache(config: CacheConfig) -> CacheReport:
+    """Make a process's shards of a cache, those that are not finished.
+
+    Raises:
+        UserError: the folder holds another cache or other things, or cannot be written; nothing can be read; a part
+            that does not fit.
+    """
+    folder = Path(config.output)
+    check_folder(folder)
+    shards.check_place(folder)
+    device = choose_device(config.device)
+    clips = BucketedClips(config.clips, config.seed)
+    places = list_places(clips, config.clips_per_file)
+    header = _header(config, clips, places)
+    shards.begin(folder, header)
+    if config.rank == 0:
+        tell_missing_captions(clips.entries)
+    own = range(config.rank, header.shards, config.ranks)
+    for number in own:
+        shards.remove_remains(folder, number)
+    done = {number: shards.finished(folder, number, config.verify) for number in own}
+    todo = {n: places[n * config.shard_size : (n + 1) * config.shard_size] for n in own if done[n] is None}
+    prompts = PromptCache(config.prompts or folder / "prompts", header.text_encoder, config.text_len)
+    captions = [_caption(clips, place) for chosen in todo.values() for place in chosen]
+    prompts.fill(["", *captions], partial(load_text_encoder, config.encoders, config.text_len), device)
+    shards.write_empty(folder, prompts.require("").rows)
+    if todo:
+        _encode(config, device, clips, prompts, todo)
+    finished = [shards.read_shard(folder, number) for number in own]
+    return CacheReport(
+        folder=folder,
+        samples=sum(len(shard.samples) for shard in finished),
+        made=len(todo),
+        kept=len(own) - len(todo),
+        missing=sum(shards.finished(folder, number) is None for number in range(header.shards)),
+        skipped=dict(pair for shard in finished for pair in shard.skipped),
+    )
+
+
+def list_places(clips: BucketedClips, clips_per_file: int) -> list[Place]:
+    """The samples of a cache in their order."""
+    places: list[Place] = []
+    for number, bucket in enumerate(clips.buckets):
+        index = bucket.first
+        for source, members in enumerate(bucket.members):
+            for _ in members[1]:
+                places += [Place(len(places) + epoch, number, source, index, epoch) for epoch in range(clips_per_file)]
+                index += 1
+    return places
+
+
+def _caption(clips: BucketedClips, place: Place) -> str:
+    return clips.entry(place.item).caption
+
+
+def _header(config: CacheConfig, clips: BucketedClips, places: list[Place]) -> shards.Header:
+    with loaded(partial(_load_autoencoder, config.autoencoder)) as autoencoder:
+        for bucket in clips.buckets:
+            autoencoder.latent_shape(bucket.frames, *bucket.size)
+        fingerprint = encoder_fingerprint(autoencoder)
+    digest = hashlib.sha256()
+    for place in places:
+        media, caption = clips.entry(place.item)
+        digest.update(json.dumps([*place, media.member or media.path.name, media.start, media.end, caption]).encode())
+    return shards.Header(
+        autoencoder=fingerprint,
+        text_encoder=text_encoder_fingerprint(config.encoders),
+        image_encoder=image_encoder_fingerprint(config.encoders),
+        clips=asdict(config.clips),
+        buckets=[
+            {
+                "frames": bucket.frames,
+                "size": list(bucket.size),
+                "batch_size": bucket.batch_size,
+                "share": bucket.share,
+                "weights": [weight for weight, _ in bucket.members],
+            }
+            for bucket in clips.buckets
+        ],
+        data=digest.hexdigest(),
+        samples=len(places),
+        shard_size=config.shard_size,
+        clips_per_file=config.clips_per_file,
+        latents=config.latents,
+        text_len=config.text_len,
+        seed=config.seed,
+    )
+
+
+def _load_autoencoder(folder: str) -> FSAE:
+    """An autoencoder that only encodes."""
+    model = FSAE.from_pretrained(folder)
+    del model.decoder
+    return model
+
+
+# --- encoding
+
+
+def _encode(
+    config: CacheConfig,
+    device: torch.device,
+    clips: BucketedClips,
+    prompts: PromptCache,
+    todo: dict[int, list[Place]],
+) -> None:
+    """Make the shards in ``todo``, one after the other."""
+
+    def read(place: Place) -> Clip:
+        try:
+            pixels, span = clips.read(place.item, place.epoch)
+        except UserError as error:
+            return Clip(place, None, error=str(error))
+        return Clip(place, to_video_tensor(torch.from_numpy(pixels)), span)
+
+    places = [place for chosen in todo.values() for place in chosen]
+    with (
+        loaded(partial(_load_autoencoder, config.autoencoder), device) as autoencoder,
+        loaded(partial(load_image_encoder, config.encoders), device) as image_encoder,
+        closing(ahead(read, places, config.readers)) as stream,
+        tqdm(total=len(places), desc="encoding clips", unit="clip") as progress,
+        torch.inference_mode(),
+    ):
+        for number, chosen in todo.items():
+            tensors: dict[str, Tensor] = {}
+            samples: list[shards.Sample] = []
+            skipped: list[tuple[str, str]] = []
+            read_clips = _readable(islice(stream, len(chosen)), clips, skipped, progress)
+            for batch in _batches(read_clips, config.batch_size):
+                latents, images = encode_batch(config, autoencoder, image_encoder, batch)
+                for clip, latent, image in zip(batch, latents, images, strict=True):
+                    sample = _sample(clips, prompts, clip, latent)
+                    samples.append(sample)
+                    tensors[f"latents.{sample.number}"] = latent
+                    tensors[f"image.{sample.number}"] = image
+                    tensors[f"text.{sample.text}"] = prompts.require(sample.caption).rows
+            shards.write_shard(Path(config.output), number, tensors, samples, skipped)
+
+
+def encode_batch(
+    config: CacheConfig, autoencoder: FSAE, image_encoder: ImageEncoder, batch: list[Clip]
+) -> tuple[Tensor, Tensor]:
+    """Latents ``B c t h w`` and image embeddings ``B M D'`` of clips of one size, on the CPU."""
+    video = torch.stack([clip.video for clip in batch if clip.video is not None])
+    video = video.to(next(autoencoder.parameters()).device)
+    memory = int(config.memory_gb * 1e9) or None
+    latents = autoencoder.encode(video, memory=memory).to(_DTYPES[config.latents])
+    return latents.cpu(), image_encoder(video[:, :, 0]).cpu()
+
+
+def _sample(clips: BucketedClips, prompts: PromptCache, clip: Clip, latents: Tensor) -> shards.Sample:
+    place, entry = clip.place, clips.entry(clip.place.item)
+    if not bool(latents.isfinite().all()):
+        raise UserError(
+            f"the latents of {entry.media} are not finite numbers in {_NAMES[latents.dtype]}; keep them in fp32, or "
+            "look at the autoencoder's statistics"
+        )
+    c, t, h, w = latents.shape
+    return shards.Sample(
+        number=place.number,
+        bucket=place.bucket,
+        source=place.source,
+        path=str(entry.media),
+        start=clip.span[0],
+        end=clip.span[1],
+        caption=entry.caption,
+        text=prompts.key(entry.caption)[:32],
+        shape=(c, t, h, w),
+    )
+
+
+def _readable(
+    read: Iterable[Clip], clips: BucketedClips, skipped: list[tuple[str, str]], progress: tqdm
+) -> Iterator[Clip]:
+    """The clips that were read; the others are noted in ``skipped``."""
+    for clip in read:
+        progress.update()
+        if clip.video is None:
+            skipped.append((str(clips.entry(clip.place.item).media), clip.error))
+        else:
+            yield clip
+
+
+def _batches(clips: Iterable[Clip], size: int) -> Iterator[list[Clip]]:
+    """Lists of up to ``size`` clips that follow one another and are of one bucket."""
+    for _, group in groupby(clips, key=lambda clip: clip.place.bucket):
+        while batch := list(islice(group, size)):
+            yield batch
+
+
+def ahead(function: Callable[[In], Out], items: Iterable[In], threads: int) -> Generator[Out]:
+    """``map``, by threads that stay a few items ahead of the one who asks, and no more."""
+    waiting: deque[Future[Out]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

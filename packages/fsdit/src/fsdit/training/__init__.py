@@ -1,0 +1,1 @@
+"""The transformer's training (paper §2.3.2)."""

@@ -1,0 +1,177 @@
+"""What the training runs are made of: at once the YAML files, the flags and their help. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fsae.errors import UserError
+from fsae.training.config import LoopConfig
+from fsdit.flow.path import FlowSchedule
+from fsdit.training.config import FlowMatchingConfig
+
+
+@dataclass(frozen=True)
+class UpsamplerLoss:
+    """Weights of the upsampler's loss (paper §2.4.1, eq. 9).
+
+    Attributes:
+        latent: Of the L1 distance to the high-resolution latents.
+        pixel: Of the L1 distance between the decoded draft and the video; 0 and no perceptual loss spare the
+            decoding.
+        perceptual: Of LPIPS on the decoded draft, if its weights are given.
+    """
+
+    latent: float = 0.1
+    pixel: float = 0.1
+    perceptual: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("latent", "pixel", "perceptual"):
+            _require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "0 or more")
+        _require(self.latent + self.pixel > 0, "loss", self, "above 0 for latent or pixel")
+
+
+@dataclass(frozen=True)
+class UpsamplerConfig:
+    """Training of LatentUpsampler on one's own videos, each paired with its half-size copy (paper §2.4.1).
+
+    Attributes:
+        data: Folder of videos and images, or a .jsonl or .csv list with the column path.
+        autoencoder: Folder of the saved FSAE that turns clips into latents; it stays as it is.
+        loop: The run.
+        model: A preset's name, or the folder of a saved LatentUpsampler to go on from.
+        frames: Frames of a clip, 1 + 4k; 1 trains on images.
+        height: Clips are resized and cropped to this height, a multiple of 128: twice the autoencoder's 64.
+        width: Likewise.
+        stride: Take every stride-th frame of a file.
+        loss: Weights of the loss.
+        perceptual_weights: Files (.safetensors or .pth) that together hold LPIPS's trunk and linear heads;
+            without them there is no perceptual loss.
+        gradient_checkpointing: Recompute each block in the backward pass to save memory.
+        validation_data: Folder or list of held-out clips to validate on; without it, the first training
+            clips.
+        validation_samples: Clips to validate on.
+    """
+
+    data: str
+    autoencoder: str
+    loop: LoopConfig
+    model: str = "nano"
+    frames: int = 17
+    height: int = 256
+    width: int = 256
+    stride: int = 1
+    loss: UpsamplerLoss = field(default_factory=UpsamplerLoss)
+    perceptual_weights: list[str] = field(default_factory=list)
+    gradient_checkpointing: bool = False
+    validation_data: str | None = None
+    validation_samples: int = 4
+
+    def __post_init__(self) -> None:
+        _require(self.validation_samples >= 1, "validation_samples", self.validation_samples, "1 or more")
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """The dynamic mask (paper §2.4.2).
+
+    Attributes:
+        low: The mask where the draft's error is largest; above 0.
+        high: The mask where it is smallest; below 1.
+        scalar: One number for the whole frame instead of a map.
+        inverted: High where the error is high.
+        decay: Of the running percentiles of the error.
+    """
+
+    low: float = 0.1
+    high: float = 0.9
+    scalar: bool = False
+    inverted: bool = False
+    decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.low <= self.high <= 1,
+            "mask low and high",
+            (self.low, self.high),
+            "0 <= low <= high <= 1",
+        )
+        _require(0 <= self.decay < 1, "mask.decay", self.decay, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class RegularizationConfig:
+    """What is done to the draft in training, so that the refiner does not merely copy it (paper §2.4.2).
+
+    Attributes:
+        dropout: Share of samples whose drafted frames are dropped, which leaves plain image-to-video.
+        replacement: Share of samples in which some drafted frames are replaced by true ones.
+        replacement_fraction: Largest share of frames replaced in a sample; the share is uniform up to it.
+        shuffle: Share of samples whose drafted frames are put out of order.
+        shuffle_ratios: How often that permutes neighbours, swaps two distant frames, or permutes all.
+        shuffle_window: Number of neighbours.
+    """
+
+    dropout: float = 0.1
+    replacement: float = 0.5
+    replacement_fraction: float = 0.3
+    shuffle: float = 0.5
+    shuffle_ratios: tuple[float, float, float] = (0.6, 0.3, 0.1)
+    shuffle_window: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("dropout", "replacement", "replacement_fraction", "shuffle"):
+            _require(0 <= getattr(self, name) <= 1, f"regularization.{name}", getattr(self, name), "in [0, 1]")
+        valid = min(self.shuffle_ratios) >= 0 and sum(self.shuffle_ratios) > 0
+        _require(
+            valid,
+            "regularization.shuffle_ratios",
+            self.shuffle_ratios,
+            "three numbers of at least 0, not all 0",
+        )
+        _require(self.shuffle_window >= 2, "regularization.shuffle_window", self.shuffle_window, "2 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinerConfig(FlowMatchingConfig):
+    """Training of the refiner, an FSDiT at twice the base model's size (paper §2.4.2).
+
+    Attributes:
+        upsampler: Folder of the saved LatentUpsampler that makes the drafts; it stays as it is.
+        encoders: Folder with the base model's text_encoder, tokenizer and image_encoder; they stay as they
+            are.
+        model: Folder of the saved FSDiT to start from, best the base model, or a preset's name for random
+            weights.
+        height: Clips are resized and cropped to this height, a multiple of 128: twice the autoencoder's 64.
+        width: Likewise.
+        flow: Noise levels; larger clips want a larger shift.
+        validation_steps: Sampling steps for the validation clips.
+        validation_guidance: Their classifier-free guidance; the refiner needs none.
+        mask: The dynamic mask.
+        regularization: What is done to the draft in training.
+        base: Folder of the base FSDiT, to make drafts of its one-step estimates instead of the true latents.
+        base_flow: The noise levels of these estimates.
+    """
+
+    upsampler: str
+    encoders: str = field()
+    flow: FlowSchedule = field(default_factory=lambda: FlowSchedule(shift=8.0))
+    validation_steps: int = 8
+    validation_guidance: float = 1.0
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
+    base: str | None = None
+    base_flow: FlowSchedule = field(default_factory=FlowSchedule)
+
+    def __post_init__(self) -> None:
+        if self.encoders == "nano" or self.train_encoders:
+            raise UserError(
+                "the refiner reads the base model's encoders and leaves them as they are; "
+                "give encoders as their folder and leave train_encoders out"
+            )
+        super().__post_init__()
+
+
+def _require(condition: bool, name: str, value: object, accepted: str) -> None:
+    if not condition:
+        raise UserError(f"{name} is {value!r}; it must be {accepted}")
