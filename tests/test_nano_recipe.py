@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from velocity import CODE_CHANNELS, between, centres, motion_code, velocity
 from fsae import FSAE
 from fsae.layers.motion import VELOCITY_UNIT, MotionField
 from fsae.weights.inflation import inflate
+from fsvideo_pipeline import FSVideoPipeline
 
 MOTIONS = [Motion("pan left", 0.2), Motion("zoom in", 1.3, ease=0.4), Motion("roll", 15.0), Motion("still")]
 
@@ -136,3 +139,24 @@ def test_the_camera_is_told_only_where_it_is_asked_for() -> None:
                 task = ClipTask(model, Weights(alone=0.0, told=told), batch)
                 made[told, shift] = task.loss(batch, torch.Generator().manual_seed(0))["l1"].item()
     assert made[1.0, 0.0] == made[1.0, 5.0] and made[0.0, 0.0] != made[0.0, 5.0]
+
+
+@pytest.mark.slow
+def test_the_whole_recipe_runs_from_nothing(tmp_path: Path) -> None:
+    """Two updates a stage; what it exports is a pipeline that makes a video."""
+    root = Path(__file__).resolve().parents[1]
+    command = [
+        sys.executable,
+        str(root / "tools/nano/train.py"),
+        "--smoke",
+        "--folder",
+        str(tmp_path),
+        "--threads",
+        "1",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    pipeline = FSVideoPipeline.from_pretrained(tmp_path / "pipeline")
+    picture = np.full((128, 128, 3), 99, np.uint8)
+    made = pipeline(picture, "pan left", size=(128, 128), frames=5, steps=2, generator=0)
+    assert made.frames is not None and made.frames.shape == (5, 128, 128, 3)

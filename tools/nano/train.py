@@ -82,6 +82,8 @@ class Run:
         minutes: save and stop after this time; 0 for no limit.
         perceptual: files of LPIPS's trunk and heads; none leaves it out.
         export: the pipeline's folder.
+        smoke: whether textures stand for the photographs, and few sizes for all.
+        device: where clips are made; the loop takes a GPU where there is one.
     """
 
     folder: Path
@@ -89,6 +91,25 @@ class Run:
     minutes: float = 0.0
     perceptual: tuple[str, ...] = ()
     export: Path = MODEL
+    smoke: bool = False
+    device: str = "cpu"
+
+    def clips(self, split: str, frames: int, size: tuple[int, int], seed: int, **shares: float) -> NanoClips:
+        """A world of clips; `shares` as `NanoClips` takes them."""
+        if self.smoke:
+            return NanoClips(split, frames, size, seed=seed, texture_probability=1.0, photographs=[])
+        return NanoClips(split, frames, size, seed=seed, device=self.device, **shares)  # type: ignore[arg-type]
+
+    def worlds(self, seed: int, kinds: Sequence[tuple[int, int, int, int]]) -> CameraClips:
+        """Batches of several lengths and sizes in turn: of each kind its frames, height, width and clips a batch."""
+        kinds = kinds[:2] if self.smoke else kinds
+        made = [self.clips("train", frames, (h, w), seed + i) for i, (frames, h, w, _) in enumerate(kinds)]
+        return CameraClips(made, [count for *_, count in kinds])
+
+    def held_out(self, frames: int, side: int, count: int) -> dict[str, Tensor]:
+        """Clips of held-out photographs, and the camera's path in them."""
+        shares = {"texture_probability": 0.0, "sprite_probability": 0.0}
+        return CameraClips([self.clips("held-out", frames, (side, side), 1, **shares)], [count])[0]
 
     def part(self, stage: str, part: str) -> Path:
         """The folder of a trained part."""
@@ -100,18 +121,6 @@ class Run:
 
 
 # --- the autoencoder -------------------------------------------------------------------------------------------------
-
-
-def worlds(seed: int, kinds: Sequence[tuple[int, int, int, int]], split: str = "train") -> CameraClips:
-    """Batches of several lengths and sizes in turn: of each kind its frames, height, width and clips a batch."""
-    made = [NanoClips(split, frames, (h, w), seed=seed + i) for i, (frames, h, w, _) in enumerate(kinds)]
-    return CameraClips(made, [count for *_, count in kinds])
-
-
-def held_out(frames: int, side: int, count: int) -> dict[str, Tensor]:
-    """Clips of held-out photographs, and the camera's path in them."""
-    clips = NanoClips("held-out", frames, (side, side), texture_probability=0.0, sprite_probability=0.0, seed=1)
-    return CameraClips([clips], [count])[0]
 
 
 def autoencoder_loop(stage: str, run: Run, optimizer: OptimizerConfig) -> LoopConfig:
@@ -132,8 +141,8 @@ def autoencoder_loop(stage: str, run: Run, optimizer: OptimizerConfig) -> LoopCo
 class Singles(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Clips one by one, small and large in turn, for the latents' statistics."""
 
-    def __init__(self, seed: int) -> None:
-        self.worlds = [NanoClips("train", FRAMES, (side, side), seed=seed + side) for side in (LOW, LOW, HIGH)]
+    def __init__(self, run: Run, seed: int) -> None:
+        self.worlds = [run.clips("train", FRAMES, (side, side), seed + side) for side in (LOW, LOW, HIGH)]
 
     def __len__(self) -> int:
         return 10_000
@@ -162,8 +171,8 @@ def images(run: Run) -> None:
     start_small(model)
     inflate(model)
     loop = autoencoder_loop("images", run, OptimizerConfig(kind="muon", learning_rate=3e-4, matrix_learning_rate=4e-4))
-    task = ClipTask(model, Weights(alone=0.5), held_out(1, LOW, 16))
-    trained = train(task, worlds(0, IMAGES), loop, one_item).export("autoencoder")
+    task = ClipTask(model, Weights(alone=0.5), run.held_out(1, LOW, 16))
+    trained = train(task, run.worlds(0, IMAGES), loop, one_item).export("autoencoder")
     # Only the sum of the temporal taps was trained; a clip's latents are then those of its frames as images.
     inflate(trained)
     trained.save_pretrained(run.part("images", "autoencoder"))  # type: ignore[operator]
@@ -175,8 +184,8 @@ def seeing(run: Run) -> None:
     model = copy.deepcopy(before)
     loosen(model.encoder)
     loop = autoencoder_loop("seeing", run, OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.98)))
-    task = SeeingTask(model, before.requires_grad_(False), held_out(17, LOW, 16))
-    trained = train(task, Lessons(worlds(50, SHORT), worlds(60, CLIPS), 1500), loop, one_item).export("encoder")
+    task = SeeingTask(model, before.requires_grad_(False), run.held_out(17, LOW, 16))
+    trained = train(task, Lessons(run.worlds(50, SHORT), run.worlds(60, CLIPS), 1500), loop, one_item).export("encoder")
     save_state(trained.state_dict(), run.part("seeing", "encoder.safetensors"))
 
 
@@ -184,8 +193,8 @@ def following(run: Run) -> None:
     """The decoder learns to follow a motion that it is told, the encoder frozen; beside `seeing`."""
     model = run.autoencoder("images")
     loop = autoencoder_loop("following", run, OptimizerConfig(learning_rate=3e-4))
-    task = ClipTask(model, Weights(told=1.0, code=0.0), held_out(17, LOW, 8), encoder="of pictures")
-    trained = train(task, worlds(80, CLIPS), loop, one_item).export("autoencoder")
+    task = ClipTask(model, Weights(told=1.0, code=0.0), run.held_out(17, LOW, 8), encoder="of pictures")
+    trained = train(task, run.worlds(80, CLIPS), loop, one_item).export("autoencoder")
     trained.save_pretrained(run.part("following", "autoencoder"))  # type: ignore[operator]
 
 
@@ -195,10 +204,10 @@ def together(run: Run) -> None:
     load_state(model.encoder, run.part("seeing", "encoder.safetensors"))
     loop = autoencoder_loop("together", run, OptimizerConfig(learning_rate=1.5e-4))
     perceptual = PerceptualLoss.from_files(*run.perceptual) if run.perceptual else None
-    task = ClipTask(model, Weights(perceptual=0.1 if perceptual else 0.0), held_out(17, LOW, 8), perceptual)
-    trained = train(task, worlds(120, CLIPS), loop, one_item).export("autoencoder")
+    task = ClipTask(model, Weights(perceptual=0.1 if perceptual else 0.0), run.held_out(17, LOW, 8), perceptual)
+    trained = train(task, run.worlds(120, CLIPS), loop, one_item).export("autoencoder")
     assert isinstance(trained, FSAE)
-    mean, std = measure_latent_statistics(trained, Singles(150), 60)
+    mean, std = measure_latent_statistics(trained, Singles(run, 150), 3 if run.smoke else 60)
     trained.register_to_config(latents_mean=mean, latents_std=std)
     trained.save_pretrained(run.part("together", "autoencoder"))
 
@@ -209,8 +218,8 @@ def decoder(run: Run) -> None:
     loop = autoencoder_loop("decoder", run, OptimizerConfig(learning_rate=1.5e-4))
     perceptual = PerceptualLoss.from_files(*run.perceptual) if run.perceptual else None
     weights = Weights(perceptual=0.2 if perceptual else 0.0, code=0.0, alone=0.1)
-    task = ClipTask(model, weights, held_out(17, LOW, 8), perceptual, encoder="frozen")
-    trained = train(task, worlds(180, CLIPS), loop, one_item).export("autoencoder")
+    task = ClipTask(model, weights, run.held_out(17, LOW, 8), perceptual, encoder="frozen")
+    trained = train(task, run.worlds(180, CLIPS), loop, one_item).export("autoencoder")
     trained.save_pretrained(run.part("decoder", "autoencoder"))  # type: ignore[operator]
 
 
@@ -317,8 +326,9 @@ def cache(run: Run) -> None:
     (run.folder / "latents").mkdir(exist_ok=True)
     options = {"texture_probability": 0.1, "sprite_probability": 0.08}
     for kind, sizes in (("clips", BASE_SIZES), ("pairs", PAIR_SIZES)):
-        for number, (height, width, count) in enumerate(sizes):
-            clips = NanoClips("train", FRAMES, (height, width), seed=300 + number + 100 * (kind == "pairs"), **options)
+        for number, (height, width, count) in enumerate(sizes[:1] if run.smoke else sizes):
+            seed = 300 + number + 100 * (kind == "pairs")
+            clips = run.clips("train", FRAMES, (height, width), seed, **options)
             wanted = max(2, round(count * run.steps / 100))
             encode_clips(run, model, clips, wanted, paired=kind == "pairs", name=f"{kind}-{height}x{width}")
 
@@ -440,20 +450,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="updates in all, if not the stage's own number (cache: percent)")
     parser.add_argument("--threads", type=int, help="processor cores to use; all if not given")
     parser.add_argument("--perceptual", nargs="*", default=[], help="files of LPIPS, for `together` and `decoder`")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "nano", help="where stages leave their parts")
+    parser.add_argument("--folder", type=Path, help="where stages leave their parts; build/nano if not given")
     parser.add_argument("--export", type=Path, default=MODEL, help="where `export` writes the pipeline")
-    parser.add_argument("--smoke", action="store_true", help="a few updates of every stage, in build/nano-smoke")
+    parser.add_argument("--smoke", action="store_true", help="a few updates of every stage, on textures")
+    parser.add_argument("--device", default="cpu", help="where clips are made: cpu or cuda")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    folder, target = arguments.folder, arguments.export
+    folder = arguments.folder or ROOT / "build" / ("nano-smoke" if arguments.smoke else "nano")
+    target = arguments.export
     if arguments.smoke:
-        folder = ROOT / "build" / "nano-smoke"
         target = folder / "pipeline"
     for name in STAGES if arguments.stage == "all" else [arguments.stage]:
         stage, steps = STAGES[name]
         steps = SMOKE.get(name, 2) if arguments.smoke else arguments.steps or steps
-        stage(Run(folder, steps, arguments.minutes, tuple(arguments.perceptual), target))
+        perceptual = tuple(arguments.perceptual)
+        stage(Run(folder, steps, arguments.minutes, perceptual, target, arguments.smoke, arguments.device))
 
 
 if __name__ == "__main__":
