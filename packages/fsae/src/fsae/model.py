@@ -24,6 +24,7 @@ from fsae.errors import UserError
 from fsae.layers.blocks import BlockStyle
 from fsae.layers.shortcuts import ShortcutKind
 from fsae.presets import PRESETS
+from fsae.shapes import Compression
 from fsae.statistics import latent_statistics
 from fsae.storage.checkpoint import StrictModelMixin
 from fsae.tiling import Plan, Video, plan
@@ -118,29 +119,23 @@ class FSAE(StrictModelMixin):
         )
 
     @property
+    def compression(self) -> Compression:
+        """How many pixels and frames a latent stands for."""
+        return Compression.of(self.config)
+
+    @property
     def spatial_compression(self) -> int:
         """Pixels a latent cell is wide and high: 64 with seven stages."""
-        return int(2 ** (len(self.config.widths) - 1))
+        return self.compression.space
 
     @property
     def temporal_compression(self) -> int:
         """Frames a latent stands for, after the first: 4 with two temporal stages."""
-        return int(2**self.config.temporal_stages)
+        return self.compression.time
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(c, t, h, w) of the latents of a video; a size that does not fit is a `UserError`."""
-        space, time = self.spatial_compression, self.temporal_compression
-        if frames < 1 or (frames - 1) % time:
-            raise UserError(
-                f"{frames} frames cannot be encoded; accepted is 1 + {time}k (1, {1 + time}, {1 + 2 * time}, ...); "
-                "repeat the last frame or cut the clip"
-            )
-        if height < space or width < space or height % space or width % space:
-            raise UserError(
-                f"{width}x{height} pixels cannot be encoded; accepted are multiples of {space}; "
-                "resize, crop or pad the frames"
-            )
-        return self.config.latent_channels, 1 + (frames - 1) // time, height // space, width // space
+        return self.config.latent_channels, *self.compression.latent_size(frames, height, width)
 
     def normalize(self, latents: Tensor) -> Tensor:
         """The encoder's latents -> zero mean and unit deviation a channel, as measured on the training data."""

@@ -195,7 +195,7 @@ def _options(source: Source, overrides: Mapping[str, Any]) -> dict[str, Any]:
                 f"a conversion has no option {key!r}{nearest(key, SIZES)}; it takes sizes: {', '.join(SIZES)}"
             )
     causal = {"decoder_kind": "causal", "first_frame_injection": False, "noise": 0.0}
-    options = {"residual_stages": 3} | STANDARD | sizes(source) | dict(overrides) | causal
+    options = STANDARD | sizes(source) | dict(overrides) | causal
     lengths = {key: len(options[key]) for key in ("widths", "encoder_depths", "decoder_depths")}
     if len(set(lengths.values())) > 1 or min(lengths.values()) < 2:
         given = ", ".join(f"{key} has {length}" for key, length in lengths.items())
