@@ -23,22 +23,47 @@ ALLOWED: dict[str, set[str]] = {
     "fsvideo_pipeline": {"fsae", "fsdit", "fsupsampler"},
 }
 
+# What all packages share lies in wings of fsae that never import the model. Each with the wings that it may import:
+WINGS: dict[str, set[str]] = {
+    "errors": set(),
+    "exports": set(),
+    "commandline": {"errors"},
+    "devices": {"errors"},
+    "storage": {"errors"},
+    "data": {"errors", "storage"},
+    "training": {"errors", "commandline", "storage", "data"},
+}
 
-def mentioned_packages(source: str) -> set[str]:
-    """Our packages that a file names: in imports at any depth, and in strings that name a module."""
+
+def mentioned_modules(source: str) -> set[str]:
+    """Modules of ours that a file names: in imports at any depth, and in strings that name a module.
+
+    `from a import b` is a.b, whether b is a module or not.
+    """
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [node.module or ""]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             # "fsae.model" or "fsae.cli:main", as lazy imports and command tables write it; prose has blanks.
             head = node.value.split(":")[0]
             names = [head] if all(part.isidentifier() for part in head.split(".")) and "." in head else []
-        found |= {name.split(".")[0] for name in names} & set(ALLOWED)
+        found |= {name for name in names if name.split(".")[0] in ALLOWED}
     return found
+
+
+def mentioned_packages(source: str) -> set[str]:
+    """Our packages that a file names."""
+    return {name.split(".")[0] for name in mentioned_modules(source)}
+
+
+def mentioned_rooms(source: str) -> set[str]:
+    """Modules and folders at the top of fsae that a file names; fsae itself hands out the model and counts as one."""
+    names = [name for name in mentioned_modules(source) if name.split(".")[0] == "fsae"]
+    return {name.split(".")[1] if "." in name else name for name in names}
 
 
 def test_the_packages_are_the_five() -> None:
@@ -53,6 +78,38 @@ def test_imports_follow_the_arrows(package: str) -> None:
         if (against := mentioned_packages(path.read_text(encoding="utf-8")) - ALLOWED[package] - {package})
     }
     assert wrong == {}
+
+
+def files_of(wing: str) -> list[Path]:
+    place = SOURCES["fsae"] / wing
+    return sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_shared_wings_import_neither_the_model_nor_a_wing_above(wing: str) -> None:
+    wrong = {
+        str(path.relative_to(ROOT)): against
+        for path in files_of(wing)
+        if (against := mentioned_rooms(path.read_text(encoding="utf-8")) - WINGS[wing] - {wing})
+    }
+    assert wrong == {}
+
+
+@pytest.mark.parametrize(
+    ("sample", "rooms"),
+    [
+        ("import fsae", {"fsae"}),
+        ("from fsae import FSAE", {"FSAE"}),
+        ("from fsae import model", {"model"}),
+        ("from fsae.model import FSAE", {"model"}),
+        ("def later():\n    import fsae.layers.conv", {"layers"}),
+        ("if TYPE_CHECKING:\n    from fsae.training.loop import Task", {"training"}),
+        ("import_module('fsae.model')", {"model"}),
+        ("import torch\n'the model of fsae.'", set()),
+    ],
+)
+def test_what_a_wing_imports_is_found(sample: str, rooms: set[str]) -> None:
+    assert mentioned_rooms(sample) == rooms
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from fsae.layers.conv import VideoConv3d
 from fsae.layers.motion import VELOCITY_UNIT, MotionField
 from fsae.losses.perceptual import PerceptualLoss
 from fsae.losses.reconstruction import l1_loss
-from fsae.stages.task import frame_grid
 from fsae.training.config import OptimizerConfig
+from fsae.training.logs import frame_grid
 from fsae.training.task import Task, decay_groups
 
 READ_OUT_RATE = 4e-3
@@ -149,7 +149,7 @@ class ClipTask(Task):
         if encoder != "trained":
             model.encoder.requires_grad_(False)
         self.settings = {
-            "model": {k: v for k, v in model.config.items() if not k.startswith("_")},
+            "model": model.public_config,
             "weights": asdict(weights),
             "encoder": encoder,
         }

@@ -23,11 +23,11 @@ from fsae.stages import task as autoencoder
 from fsae.stages.config import AutoencoderConfig
 from fsae.stages.task import (
     AutoencoderTask,
-    frame_grid,
     measure_latent_statistics,
     train_autoencoder,
 )
 from fsae.training.config import LoopConfig, OptimizerConfig
+from fsae.training.logs import frame_grid
 from fsae.training.runs import finished, save_parts, tell_saved
 
 SIZES: dict[str, Any] = {
@@ -231,7 +231,7 @@ def test_a_model_that_finds_no_room_is_a_sentence_and_leaves_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: FSAE, folder: Path) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text("{}")
         raise OSError(28, "No space left on device")
 

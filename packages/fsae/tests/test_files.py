@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from fsae.errors import UserError
-from fsae.storage.files import atomic_path, check_folder, check_writable
+from fsae.errors import CheckpointError, UserError
+from fsae.storage.files import (
+    atomic_folder,
+    atomic_path,
+    check_folder,
+    check_writable,
+    partial_folder,
+    read_json,
+    write_json,
+)
 
 
 def test_a_written_file_appears_under_its_name_alone(tmp_path: Path) -> None:
@@ -114,3 +122,41 @@ def test_a_file_gets_the_permissions_of_any_new_file(tmp_path: Path, umask: int)
         os.umask(before)
     assert (tmp_path / "result.txt").stat().st_mode == (tmp_path / "other.txt").stat().st_mode
     assert sorted(os.listdir(tmp_path)) == ["other.txt", "result.txt"]
+
+
+def test_a_folder_appears_whole_in_place_of_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "old").touch()
+    with atomic_folder(target) as temporary:
+        assert temporary.parent == tmp_path and temporary.name.startswith(".")
+        (temporary / "new").touch()
+        assert os.listdir(target) == ["old"]
+    assert os.listdir(tmp_path) == ["model"] and os.listdir(target) == ["new"]
+
+
+def test_a_failed_folder_leaves_the_old_one_and_what_a_killed_run_left_goes(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "old").touch()
+    partial_folder(target).mkdir()
+    (partial_folder(target) / "of the killed run").touch()
+    with pytest.raises(KeyboardInterrupt), atomic_folder(target) as temporary:
+        assert os.listdir(temporary) == []
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["model"] and os.listdir(target) == ["old"]
+
+
+def test_json_survives_exactly(tmp_path: Path) -> None:
+    values = {"ü": [0.1 + 0.2, 1e-310, None], "a": {"b": -0.0}}
+    write_json(tmp_path / "x.json", values)
+    assert repr(read_json(tmp_path / "x.json")) == repr(values)
+    assert "ü" in (tmp_path / "x.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]"])
+def test_json_that_cannot_be_used_is_a_sentence_with_the_callers_advice(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "x.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"x\.json.*; bake a new one$"):
+        read_json(tmp_path / "x.json", "bake a new one")

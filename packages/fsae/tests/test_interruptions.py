@@ -25,7 +25,8 @@ from torch.nn.functional import softplus
 
 from fsae.data.order import derived_generator
 from fsae.errors import UserError
-from fsae.training.checkpointing import checkpoint_step, checkpoints, load_tensors, read_json
+from fsae.storage.files import read_json
+from fsae.training.checkpointing import checkpoint_step, checkpoints, load_tensors
 from fsae.training.config import LoopConfig, OptimizerConfig
 from fsae.training.loop import Task, train
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from fsae.errors import UserError
 from fsae.model import FSAE
 from fsae.stages.task import AutoencoderTask
-from fsae.training.checkpointing import check_settings, checkpoints, load_tensors, read_json, write_json
+from fsae.storage.files import read_json, write_json
+from fsae.training.checkpointing import check_settings, checkpoints, load_tensors
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import Task, train
 from fsae.training.optimizers import make_optimizer, matrices

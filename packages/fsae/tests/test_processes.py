@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fsae.training.checkpointing import checkpoints, load_tensors, read_json
+from fsae.storage.files import read_json
+from fsae.training.checkpointing import checkpoints, load_tensors
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import Task, train
 

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from fsae.model import FSAE
 from fsae.stages.task import AutoencoderTask
+from fsae.storage.files import read_json
 from fsae.training import checkpointing
-from fsae.training.checkpointing import checkpoints, load_tensors, read_json
+from fsae.training.checkpointing import checkpoints, load_tensors
 from fsae.training.config import LoopConfig, OptimizerConfig
 from fsae.training.loop import train
 

@@ -21,7 +21,8 @@ from torch.nn.functional import softplus
 from fsae.errors import UserError
 from fsae.model import FSAE
 from fsae.stages.task import AutoencoderTask
-from fsae.training.checkpointing import checkpoints, load_tensors, read_json
+from fsae.storage.files import read_json
+from fsae.training.checkpointing import checkpoints, load_tensors
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.engines import fsdp2 as sharding
 from fsae.training.loop import Task, TrainingResult, train

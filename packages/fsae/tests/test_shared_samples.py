@@ -18,7 +18,8 @@ from torch.distributed import ProcessGroup
 
 from fsae.data.order import data_place
 from fsae.errors import UserError
-from fsae.training.checkpointing import checkpoints, load_tensors, read_json
+from fsae.storage.files import read_json
+from fsae.training.checkpointing import checkpoints, load_tensors
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import Task, train
 

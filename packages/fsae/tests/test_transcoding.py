@@ -20,9 +20,9 @@ from tqdm import tqdm
 from fsae.data.video import probe, read_video, to_frames, to_video_tensor, write_video
 from fsae.errors import UserError
 from fsae.model import FSAE
-from fsae.storage.fingerprint import encoder_fingerprint, model_fingerprint
 from fsae.tiling import foresee
 from fsae.transcoding import transcode as transcoding
+from fsae.transcoding.fingerprints import encoder_fingerprint, model_fingerprint
 from fsae.transcoding.latents import SavedLatents, load_latents
 from fsae.transcoding.segments import join_videos
 from fsae.transcoding.transcode import decode_file, encode_file, stream_reach

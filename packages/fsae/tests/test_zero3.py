@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from fsae.errors import CheckpointError, UserError
-from fsae.training.checkpointing import checkpoints, load_tensors, read_json
+from fsae.storage.files import read_json
+from fsae.training.checkpointing import checkpoints, load_tensors
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.engines import zero3
 from fsae.training.loop import Task, TrainingResult, train

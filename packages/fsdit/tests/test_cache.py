@@ -30,7 +30,7 @@ from fsae.data.order import EpochItems, MicroBatches, order_of
 from fsae.data.sources import Entry
 from fsae.data.video import read_video, to_video_tensor, write_video
 from fsae.errors import UserError
-from fsae.storage.fingerprint import encoder_fingerprint
+from fsae.transcoding.fingerprints import encoder_fingerprint
 from fsdit.cli import main
 from fsdit.conditioning import load_encoders, nano_tokenizer, pad_text
 from fsdit.preparation import cache, shards

@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from fsae.errors import UserError
-from fsae.training.checkpointing import checkpoints, load_tensors, read_json
+from fsae.storage.files import read_json
+from fsae.training.checkpointing import checkpoints, load_tensors
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
 from fsdit import FSDiT

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fsae.training.checkpointing import checkpoints, load_tensors, read_json
+from fsae.storage.files import read_json
+from fsae.training.checkpointing import checkpoints, load_tensors
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import TrainingResult, train
 from fsdit import FSDiT

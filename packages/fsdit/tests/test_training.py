@@ -113,7 +113,8 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.answer = answer
-        self.config = FSDiT(**SMALL).config
+        peer = FSDiT(**SMALL)
+        self.config, self.public_config = peer.config, peer.public_config
 
     def forward(self, inputs: Tensor, timestep: Tensor, text: Tensor, image: Tensor) -> Tensor:
         self.seen = inputs, timestep, text, image

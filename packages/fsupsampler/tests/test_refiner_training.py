@@ -118,7 +118,8 @@ class Oracle(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-        self.config = FSDiT(**SMALL).config
+        peer = FSDiT(**SMALL)
+        self.config, self.public_config = peer.config, peer.public_config
 
     def forward(self, inputs: Tensor, timestep: Tensor, text: Tensor, image: Tensor) -> Tensor:
         self.seen = inputs, timestep

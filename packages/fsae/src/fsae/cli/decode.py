@@ -70,7 +70,7 @@ def _check_fit(path: str, saved: SavedLatents, model: FSAE) -> None:
     if channels != wanted:
         raise UserError(f"the latents have {channels} channels, the model {wanted}; give the model that made them")
 
-    from fsae.storage.fingerprint import encoder_fingerprint
+    from fsae.transcoding.fingerprints import encoder_fingerprint
 
     if saved.encoder is not None and saved.encoder != encoder_fingerprint(model):
         raise UserError(

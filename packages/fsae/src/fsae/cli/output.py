@@ -1,15 +1,14 @@
-"""The folder that a command saves a model in: looked at before any work, and gone again if saving fails."""
+"""The folder that a command saves a model in: looked at before any work, and written whole or not at all."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from fsae.errors import UserError
-from fsae.storage.files import check_writable
+from fsae.storage.files import atomic_folder, check_writable
 
 
 def check_new_folder(output: str) -> None:
@@ -29,7 +28,7 @@ def check_new_folder(output: str) -> None:
 
 
 def save_to(output: str, save: Callable[[str], None]) -> None:
-    """Have `save` write the folder, and say so; what it began goes if it finds no room.
+    """Have `save` write the folder, which appears whole, and say so.
 
     Raises:
         UserError: it could not be written.
@@ -37,12 +36,10 @@ def save_to(output: str, save: Callable[[str], None]) -> None:
     from safetensors import SafetensorError
 
     print(f"writing {output}", file=sys.stderr)
-    there = os.path.isdir(output)
     try:
-        save(output)
+        with atomic_folder(output) as temporary:
+            save(os.fspath(temporary))
     except (OSError, SafetensorError) as error:
-        if not there:
-            shutil.rmtree(output, ignore_errors=True)
         raise UserError(
             f"the model could not be written to {output} ({error}); make room or give another place"
         ) from None

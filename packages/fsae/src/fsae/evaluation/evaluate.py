@@ -14,12 +14,9 @@ of its mean squared error, its SSIM, LPIPS and flicker are means over its frames
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
-import secrets
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -51,7 +48,7 @@ from fsae.evaluation.metrics import (
 )
 from fsae.losses.perceptual import PerceptualLoss
 from fsae.model import FSAE
-from fsae.storage.files import check_writable
+from fsae.storage.files import atomic_folder, check_writable, write_json
 
 _SHOWN_CLIPS, _SHOWN_FRAMES = 4, 6
 _DISTANCES = 10_000  # points whose N^2 distances are taken for the intrinsic dimension
@@ -295,22 +292,15 @@ def evaluate(model: FSAE, settings: EvalSettings, folder: str | os.PathLike[str]
     target = _new_folder(folder)
     report, gathered = Evaluation(model, settings).run()
     report = strict(report)
-    temporary = target.with_name(f".{target.name[:64]}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    charts = [(name, [_number(v) for v in curve]) for name, curve in report["curves"].items() if curve]
     try:
-        temporary.mkdir()
-        text = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False)
-        (temporary / "eval.json").write_text(text + "\n", encoding="utf-8")
-        (temporary / "table.md").write_text(table(report), encoding="utf-8")
-        frame_grid(gathered.rows).save(temporary / "grid.png")
-        charts = [(name, [_number(v) for v in curve]) for name, curve in report["curves"].items() if curve]
-        line_charts(charts).save(temporary / "curves.png")
-        if target.exists():
-            target.rmdir()
-        os.replace(temporary, target)
+        with atomic_folder(target) as temporary:
+            write_json(temporary / "eval.json", report, allow_nan=False)
+            (temporary / "table.md").write_text(table(report), encoding="utf-8")
+            frame_grid(gathered.rows).save(temporary / "grid.png")
+            line_charts(charts).save(temporary / "curves.png")
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}; give another place") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return report
 
 

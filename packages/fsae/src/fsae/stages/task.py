@@ -5,7 +5,7 @@ L = L1 + 0.1 LPIPS [+ 0.1 GAN] [+ alpha (v-mcos + v-mdms)] [+ distillation]
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fsae.stages.objective import Adversary, Alignment, Distillation
 from fsae.stages.patches import Patch, decode, draw_patch
 from fsae.stages.start import prepared_model
 from fsae.storage.checkpoint import save_state
+from fsae.training.logs import frame_grid
 from fsae.training.loop import Task, train
 from fsae.training.runs import finished, read_samples, save_parts
 
@@ -85,7 +86,7 @@ class AutoencoderTask(Task):
         }
         self.frozen = {name: module for name, module in frozen.items() if module is not None}
         self.settings: Mapping[str, Any] = {
-            "model": {k: v for k, v in model.config.items() if not k.startswith("_")},
+            "model": model.public_config,
             "perceptual": perceptual.trunk.name if perceptual is not None else "none",
             "perceptual_weight": perceptual_weight if perceptual is not None else 0.0,
             "adversarial": adversary and asdict(adversary.config),
@@ -172,14 +173,6 @@ class AutoencoderTask(Task):
         term = self.adversary.term(made)
         seen = {"keep_reconstruction": made, "keep_target": target}
         return loss + self.adversary.config.weight * term, {"adversarial": term, **seen}
-
-
-def frame_grid(rows: Sequence[Tensor]) -> Tensor:
-    """Clips ``N 3 T H W`` in [-1, 1], a row each -> first, middle and last frames, ``3 H' W'`` in [0, 1]."""
-    frames = rows[0].shape[2]
-    shown = sorted({0, frames // 2, frames - 1})
-    strips = [torch.cat([clip[:, t] for clip in row for t in shown], dim=-1) for row in rows]
-    return (torch.cat(strips, dim=-2).float().cpu() + 1) / 2
 
 
 @torch.no_grad()

@@ -48,6 +48,11 @@ class StrictModelMixin(ModelMixin, ConfigMixin):
         # A DiffusionPipeline that loads a component looks its base class up, by name, in the component's own module.
         vars(sys.modules[cls.__module__]).setdefault("ModelMixin", ModelMixin)
 
+    @property
+    def public_config(self) -> dict[str, Any]:
+        """What the model was built with: its configuration without diffusers' own entries."""
+        return {name: value for name, value in self.config.items() if not name.startswith("_")}
+
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
         """Build the model from a named configuration, with random weights; `overrides` replace single values.

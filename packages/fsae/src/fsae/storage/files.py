@@ -1,6 +1,6 @@
-"""Files appear whole or not at all: written under a temporary name beside their place, then renamed.
+"""Files and folders appear whole or not at all: written under a temporary name beside their place, then renamed.
 
-And a JSON file of a model's folder is read whole, or named in the error.
+Also the one pair of functions that reads and writes JSON.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,6 +91,39 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary sibling folder of `path` to fill; it takes `path`'s place on success, and goes on failure.
+
+    Its name is the same in every process and every run, so that several processes can fill it together and what a
+    killed run left goes when the next one begins.
+
+    Raises:
+        OSError: the folder cannot be made or renamed.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = partial_folder(target)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        publish_folder(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def partial_folder(target: Path) -> Path:
+    """The hidden name beside `target` under which that folder is filled."""
+    return target.with_name(f".{target.name[:64]}.partial")
+
+
+def publish_folder(temporary: Path, target: Path) -> None:
+    """Give a finished folder its name, in place of an older one."""
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(temporary, target)
+
+
 def usual_mode(folder: str | os.PathLike[str]) -> int:
     """The permissions that a new file gets in `folder`. Some writers leave their files for the owner alone."""
     probe = _temporary_sibling(Path(folder) / "mode")
@@ -100,8 +134,15 @@ def usual_mode(folder: str | os.PathLike[str]) -> int:
         probe.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model's folder.
+def write_json(path: str | os.PathLike[str], values: Any, **options: Any) -> None:
+    """Write JSON, atomically; floats survive exactly. `options` are those of `json.dumps`."""
+    text = json.dumps(values, **{"indent": 2, "ensure_ascii": False, **options})
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, advice: str = "copy it again") -> dict[str, Any]:
+    """The object in a JSON file; `advice` ends the sentence about one that cannot be used.
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds something else.
@@ -110,12 +151,12 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            f"there is no {path}; the model is incomplete, or the folder is none; copy it again"
+            f"there is no {path}; its folder is incomplete, or not the one that was meant; {advice}"
         ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); copy it again") from None
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); {advice}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object; copy it again")
+        raise CheckpointError(f"{path} holds no JSON object; {advice}")
     return content
 
 

@@ -1,8 +1,4 @@
-"""Short names for what two files must share: an encoder's weights, a whole model's, a file's content.
-
-Latents fit every decoder that was trained on their encoder, which stays frozen while decoders are fine-tuned
-(paper §2.2.3); so what they carry is the fingerprint of the encoder and of the latents' statistics alone.
-"""
+"""Short names for what two files must share: a model's weights, a tensor, a file's content."""
 
 from __future__ import annotations
 
@@ -16,34 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsae.model import FSAE
-
-_ENCODER_CONFIG = (
-    "widths",
-    "encoder_depths",
-    "latent_channels",
-    "residual_stages",
-    "temporal_stages",
-    "attention_head_dim",
-    "norm_eps",
-    "norm_affine",
-    "latents_mean",
-    "latents_std",
-)
 _VALUES = 1024  # of each tensor, evenly spread: training leaves none of them as it was
 _ENDS = 2**20  # bytes at a file's beginning and end
-
-
-def encoder_fingerprint(model: FSAE) -> str:
-    """What decides the latents: the encoder's configuration and weights, and the statistics they are normalised by."""
-    config = {name: model.config[name] for name in _ENCODER_CONFIG}
-    return weights_fingerprint(config, model.encoder.state_dict())
-
-
-def model_fingerprint(model: FSAE) -> str:
-    """What decides the decoded video: the whole configuration and all weights."""
-    public = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    return weights_fingerprint(public, model.state_dict())
 
 
 def weights_fingerprint(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:

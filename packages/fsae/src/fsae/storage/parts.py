@@ -6,14 +6,13 @@ says what they were made from and by. They go when NAME is written.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from fsae.errors import UserError
-from fsae.storage.files import atomic_path
+from fsae.errors import CheckpointError, UserError
+from fsae.storage.files import read_json, write_json
 
 _SETTINGS = "settings.json"
 
@@ -53,8 +52,7 @@ class Unfinished:
         try:
             self.folder.mkdir(exist_ok=True)
             if not (self.folder / _SETTINGS).exists():
-                with atomic_path(self.folder / _SETTINGS) as temporary:
-                    temporary.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+                write_json(self.folder / _SETTINGS, self.settings)
         except OSError as error:
             raise UserError(
                 f"cannot write {self.folder} ({error.strerror}); make room, or give another place"
@@ -71,9 +69,8 @@ class Unfinished:
     def _kept(self) -> dict[str, str]:
         """The settings of the parts that are there."""
         try:
-            kept = json.loads((self.folder / _SETTINGS).read_text(encoding="utf-8"))
-            return {**dict.fromkeys(self.settings, ""), **kept}
-        except (OSError, ValueError, TypeError):
+            return {**dict.fromkeys(self.settings, ""), **read_json(self.folder / _SETTINGS)}
+        except CheckpointError:
             raise UserError(
                 f"{self.folder} holds parts but no {_SETTINGS} that says what they are of; remove it to begin anew"
             ) from None

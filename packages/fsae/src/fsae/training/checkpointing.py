@@ -14,7 +14,6 @@ that.
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
@@ -30,9 +29,10 @@ from torch import Tensor, nn
 
 from fsae.errors import CheckpointError, UserError
 from fsae.storage.checkpoint import read_state, save_state
-from fsae.storage.files import atomic_path
+from fsae.storage.files import publish_folder, read_json, write_json
 from fsae.training.engines.fsdp2 import placed
 
+GO_ON_FROM_OLDER = "remove its folder to go on from an older checkpoint"
 _NAME = re.compile(r"checkpoint-(\d{8,})")
 
 
@@ -52,11 +52,6 @@ def checkpoint_step(folder: Path) -> int:
     return int(folder.name.rsplit("-", 1)[1])
 
 
-def temporary_folder(output_dir: Path, step: int) -> Path:
-    """The name a checkpoint is written under; the same in every process."""
-    return output_dir / f".checkpoint-{step:08d}.partial"
-
-
 def remove_partial(output_dir: Path) -> None:
     """Clear away what a killed run left half-written."""
     for folder in output_dir.glob(".checkpoint-*.partial"):
@@ -65,9 +60,7 @@ def remove_partial(output_dir: Path) -> None:
 
 def publish(temporary: Path, final: Path, keep: int) -> None:
     """Give a finished checkpoint its name, then drop all but the newest ``keep``."""
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
+    publish_folder(temporary, final)
     for old in checkpoints(final.parent)[:-keep]:
         shutil.rmtree(old)
 
@@ -75,7 +68,8 @@ def publish(temporary: Path, final: Path, keep: int) -> None:
 class Attempt:
     """Calls what may fail for want of room, and does nothing more after the first failure, which it keeps.
 
-    A process that failed must still keep the others company until all of them can hear of it.
+    A process that failed must go on to the next collective call, where all processes learn of the failure; one that
+    left early would have the others wait for it forever.
     """
 
     def __init__(self) -> None:
@@ -126,12 +120,12 @@ def save_random_state(folder: Path, rank: int) -> None:
     """Write this process's random state."""
     tensors, values = random_state()
     save_state(tensors, folder / f"random-{rank:05d}.safetensors")
-    write_json(folder / f"random-{rank:05d}.json", values)
+    write_json(folder / f"random-{rank:05d}.json", values, sort_keys=True)
 
 
 def load_random_state(folder: Path, rank: int) -> None:
     """Set this process's generators to their state at the checkpoint."""
-    values = read_json(folder / f"random-{rank:05d}.json")
+    values = read_json(folder / f"random-{rank:05d}.json", GO_ON_FROM_OLDER)
     restore_random_state(load_tensors(folder / f"random-{rank:05d}.safetensors"), values)
 
 
@@ -192,26 +186,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be read ({error}); remove its folder to go on from an older checkpoint")
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write JSON, atomically; floats survive exactly."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read JSON or say which file is missing or broken."""
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-    return values
+        raise CheckpointError(f"{path} cannot be read ({error}); {GO_ON_FROM_OLDER}") from error
 
 
 def check_settings(folder: Path, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -286,4 +261,4 @@ def save_batch(path: Path, batches: list[Any], report: Mapping[str, Any]) -> Non
     for micro, batch in enumerate(batches):
         visit(f"micro{micro}", batch)
     save_state(tensors, path)
-    path.with_suffix(".json").write_text(json.dumps(values, indent=2, default=repr) + "\n", encoding="utf-8")
+    write_json(path.with_suffix(".json"), values, default=repr)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -72,3 +73,11 @@ class Logs:
         except (OSError, UserError) as error:
             self.writer = None
             tqdm.write(f"logs could not be written ({error}); training goes on, without events from here", sys.stderr)
+
+
+def frame_grid(rows: Sequence[Tensor]) -> Tensor:
+    """Clips ``N 3 T H W`` in [-1, 1], a row each -> first, middle and last frames, ``3 H' W'`` in [0, 1]."""
+    frames = rows[0].shape[2]
+    shown = sorted({0, frames // 2, frames - 1})
+    strips = [torch.cat([clip[:, t] for clip in row for t in shown], dim=-1) for row in rows]
+    return (torch.cat(strips, dim=-2).float().cpu() + 1) / 2

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from fsae.data.order import EpochItems, MicroBatches, data_place, derived_generator, derived_seed, order_of
 from fsae.errors import CheckpointError, UserError
 from fsae.storage.checkpoint import save_state
+from fsae.storage.files import partial_folder, read_json, write_json
 from fsae.training import checkpointing
 from fsae.training.config import LoopConfig
 from fsae.training.ema import MovingAverage
@@ -359,8 +360,8 @@ class _Run:
 
     def _save(self, step: int) -> None:
         """Write the checkpoint of ``step`` and make it the newest."""
-        temporary = checkpointing.temporary_folder(self.output_dir, step)
         final = checkpointing.checkpoint_folder(self.output_dir, step)
+        temporary = partial_folder(final)
         attempt = checkpointing.Attempt()
         if self.main:
             attempt(checkpointing.remove_partial, self.output_dir)
@@ -369,7 +370,7 @@ class _Run:
             if self.main:
                 attempt(save_state, tensors, temporary / name)
         if self.main:
-            attempt(checkpointing.write_json, temporary / "state.json", self._values(step))
+            attempt(partial(write_json, sort_keys=True), temporary / "state.json", self._values(step))
         self._end_if_failed(attempt, step)
         if self.rank % self.task.ranks_per_sample == 0:  # those that share samples draw the same
             attempt(checkpointing.save_random_state, temporary, self.data_rank)
@@ -442,7 +443,7 @@ class _Run:
                 f"{self.output_dir} already holds checkpoints of a run (newest {folder.name}); "
                 "set resume to true to go on with it, or choose another output_dir"
             )
-        state = checkpointing.read_json(folder / "state.json")
+        state = read_json(folder / "state.json", checkpointing.GO_ON_FROM_OLDER)
         if missing := {"step", "settings"} - set(state):
             raise CheckpointError(
                 f"{folder / 'state.json'} lacks {' and '.join(sorted(missing))}; remove {folder} to go on from the "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from fsae.data.buckets import BucketedClips
 from fsae.data.config import ClipsConfig
 from fsae.data.datasets import ClipDataset, VideoFolder
 from fsae.errors import UserError
-from fsae.storage.files import check_folder
+from fsae.storage.files import atomic_folder, check_folder
 from fsae.training.config import LoopConfig
 from fsae.training.loop import TrainingResult
 
@@ -102,14 +101,10 @@ def save_parts(result: TrainingResult, parts: Mapping[str, Any]) -> list[Path]:
     folders = [result.output_dir / name for name in parts]
     if result.is_main_process:
         for folder, part in zip(folders, parts.values(), strict=True):
-            temporary = folder.with_name(f".{folder.name}.partial")
-            shutil.rmtree(temporary, ignore_errors=True)
             try:
-                part.save_pretrained(temporary)
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(temporary, folder)
+                with atomic_folder(folder) as temporary:
+                    part.save_pretrained(temporary)
             except (OSError, SafetensorError) as error:
-                shutil.rmtree(temporary, ignore_errors=True)
                 raise UserError(
                     f"cannot write {folder} ({error}); the run's last checkpoint is whole: make room, and run again"
                 ) from error

@@ -35,8 +35,9 @@ from fsae.layers.conv import VideoConv3d
 from fsae.layers.resample import Upsample
 from fsae.model import FSAE
 from fsae.storage.checkpoint import save_state
-from fsae.storage.fingerprint import encoder_fingerprint, file_fingerprint, model_fingerprint, tensor_fingerprint
+from fsae.storage.fingerprint import file_fingerprint, tensor_fingerprint
 from fsae.storage.parts import Unfinished
+from fsae.transcoding.fingerprints import encoder_fingerprint, model_fingerprint
 from fsae.transcoding.latents import SavedLatents, save_latents
 from fsae.transcoding.segments import join_videos
 

@@ -32,7 +32,7 @@ from fsae.data.video import to_video_tensor
 from fsae.devices import choose_device
 from fsae.errors import UserError
 from fsae.storage.files import check_folder
-from fsae.storage.fingerprint import encoder_fingerprint
+from fsae.transcoding.fingerprints import encoder_fingerprint
 from fsdit.conditioning import (
     ImageEncoder,
     image_encoder_fingerprint,

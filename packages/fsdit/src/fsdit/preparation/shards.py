@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fsae.errors import CheckpointError, UserError
-from fsae.storage.files import atomic_path, read_json
+from fsae.storage.files import atomic_path, read_json, write_json
 
 VERSION = 1
 _HEADER, _EMPTY = "cache.json", "empty.safetensors"
@@ -210,11 +210,10 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        try:
-            temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise _no_room(path, error) from error
+    try:
+        write_json(path, content)
+    except OSError as error:
+        raise _no_room(path, error) from error
 
 
 def _no_room(path: Path, error: Exception) -> UserError:

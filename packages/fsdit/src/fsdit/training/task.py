@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,12 +19,12 @@ from fsae import FSAE
 from fsae.data.config import SIDE, STRIDE
 from fsae.data.video import to_frames, write_video
 from fsae.errors import UserError
-from fsae.stages.task import frame_grid
-from fsae.storage.files import atomic_path, check_folder
-from fsae.storage.fingerprint import encoder_fingerprint
+from fsae.storage.files import atomic_path, check_folder, write_json
 from fsae.training.config import OptimizerConfig
+from fsae.training.logs import frame_grid
 from fsae.training.loop import Task, TrainingResult, train
 from fsae.training.runs import finished, is_main_process, read_samples, save_parts
+from fsae.transcoding.fingerprints import encoder_fingerprint
 from fsdit.conditioning import (
     Context,
     ImageEncoder,
@@ -87,7 +86,7 @@ class FlowMatchingTask(Task):
                 parameter.requires_grad_(False)  # or several processes would wait for their gradients
         self.modules, self.frozen = trained, frozen
         self.settings = {
-            "transformer": {k: v for k, v in transformer.config.items() if not k.startswith("_")},
+            "transformer": transformer.public_config,
             "flow": asdict(config.flow),
             "huber_delta": config.huber_delta,
             "huber_elements": config.huber_elements,
@@ -271,9 +270,7 @@ def write_samples(folder: Path, videos: Tensor, captions: Sequence[str], fps: fl
             continue
         with atomic_path(folder / name) as temporary:
             Image.fromarray(frames[0]).save(temporary)
-    with atomic_path(folder / "captions.json") as temporary:
-        content = json.dumps(dict(zip(names, captions, strict=True)), ensure_ascii=False, indent=1)
-        temporary.write_text(content + "\n", encoding="utf-8")
+    write_json(folder / "captions.json", dict(zip(names, captions, strict=True)))
 
 
 def _write_or_tell(folder: Path, videos: Tensor, captions: Sequence[str], fps: float) -> None:

@@ -15,8 +15,7 @@ from fsae import FSAE
 from fsae.errors import UserError
 from fsae.losses.perceptual import PerceptualLoss
 from fsae.losses.reconstruction import l1_loss
-from fsae.stages.task import frame_grid
-from fsae.storage.checkpoint import StrictModelMixin
+from fsae.training.logs import frame_grid
 from fsae.training.loop import Task, train
 from fsae.training.runs import finished, is_main_process, read_samples, save_parts
 from fsdit.conditioning import (
@@ -69,7 +68,7 @@ class UpsamplerTask(Task):
         frozen = {"autoencoder": autoencoder, "perceptual": perceptual}
         self.frozen = {name: module for name, module in frozen.items() if module is not None}
         self.settings = {
-            "model": _public(upsampler),
+            "model": upsampler.public_config,
             "loss": asdict(loss),
             "perceptual": perceptual.trunk.name if perceptual is not None else "none",
         }
@@ -155,10 +154,10 @@ class RefinerTask(FlowMatchingTask):
         self.frozen = {**self.frozen, **frozen}
         self.settings = {
             **self.settings,
-            "upsampler": _public(upsampler),
+            "upsampler": upsampler.public_config,
             "mask": asdict(mask),
             "regularization": asdict(config.regularization),
-            "base": "none" if base is None else {**_public(base), "flow": asdict(config.base_flow)},
+            "base": "none" if base is None else {**base.public_config, "flow": asdict(config.base_flow)},
         }
         self._condition: Condition | None = None
 
@@ -288,10 +287,6 @@ def _model(cls: Any, name: str, gradient_checkpointing: bool, options: Mapping[s
     if gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model
-
-
-def _public(model: StrictModelMixin) -> dict[str, Any]:
-    return {k: v for k, v in model.config.items() if not k.startswith("_")}
 
 
 def _to_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
