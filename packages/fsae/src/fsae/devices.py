@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from fsae.errors import UserError
@@ -23,3 +25,13 @@ def choose_device(name: str | None) -> torch.device:
     if device.type == "meta":
         raise UserError("the device meta computes nothing; try cpu")
     return device
+
+
+def avoid_faulty_kernels() -> None:
+    """Keep oneDNN on a CPU from AMX, for convolutions in bfloat16.
+
+    Its AMX kernels, as torch 2.13 brings them (oneDNN 3.12), give NaN for the gradient of some kernels, write beyond
+    their memory or crash: three taps in time on a few large frames, frames one pixel wide, 1x1 on 32x32 pixels. It asks
+    for this setting when it first computes, so call this before; one that is already made is left as it is.
+    """
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")

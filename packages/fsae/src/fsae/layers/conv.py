@@ -13,7 +13,8 @@ possible.
 
 from __future__ import annotations
 
-from typing import Literal, cast, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,48 +28,63 @@ ONEDNN_PAYS = 1024
 TimeKind = Literal["causal", "standard", "group_causal"]
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """The kernel of a `VideoConv3d`.
+
+    Attributes:
+        size: its rows and columns, an odd number.
+        taps: frames it looks at, 3, or 1 for a convolution frame by frame.
+        stride: in space.
+        time_stride: in time (causal only): T = 1 + 2n frames become 1 + n, output j sees 2j-2, 2j-1, 2j.
+        groups: channel groups, as in `torch.nn.Conv3d`.
+        bias: whether a bias is added.
+    """
+
+    size: int = 3
+    taps: Literal[1, 3] = 3
+    stride: int = 1
+    time_stride: int = 1
+    groups: int = 1
+    bias: bool = True
+
+
+# A linear map of the channels at each place.
+POINT = Kernel(1, taps=1, bias=False)
+
+
 class VideoConv3d(nn.Conv3d):
     """A convolution over `B C T H W` with "same" spatial padding and a temporal kernel of 1 or 3 taps.
 
     Args:
         in_channels: channels in.
         out_channels: channels out.
-        kernel_size: the spatial kernel (odd).
-        time_kernel: 3, or 1 for a convolution that looks at one frame.
+        kernel: its size and strides.
         time: how frames are padded, see the top of this file.
         group: frames a group, for `group_causal`; the clip's first frame is a group of its own.
-        stride: the spatial stride.
-        time_stride: the temporal stride (causal only): T = 1 + 2n frames become 1 + n, output j sees 2j-2, 2j-1, 2j.
-        groups: channel groups, as in `torch.nn.Conv3d`.
-        bias: whether a bias is added.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 3,
+        kernel: Kernel = Kernel(),
         *,
-        time_kernel: Literal[1, 3] = 3,
         time: TimeKind = "causal",
         group: int = 1,
-        stride: int = 1,
-        time_stride: int = 1,
-        groups: int = 1,
-        bias: bool = True,
     ) -> None:
         if time not in get_args(TimeKind):
             raise ValueError(f"time is {time!r}; accepted are {', '.join(get_args(TimeKind))}")
-        if time_stride > 1 and time != "causal":
+        if kernel.time_stride > 1 and time != "causal":
             raise ValueError("a temporal stride is defined for causal convolutions only")
         super().__init__(
             in_channels,
             out_channels,
-            (time_kernel, kernel_size, kernel_size),
-            stride=(time_stride, stride, stride),
-            padding=(0, kernel_size // 2, kernel_size // 2),
-            groups=groups,
-            bias=bias,
+            (kernel.taps, kernel.size, kernel.size),
+            stride=(kernel.time_stride, kernel.stride, kernel.stride),
+            padding=(0, kernel.size // 2, kernel.size // 2),
+            groups=kernel.groups,
+            bias=kernel.bias,
         )
         self.time = time
         self.group = group
@@ -126,7 +142,7 @@ class VideoConv3d(nn.Conv3d):
         weight = self.weight if weight is None else weight
         if self.groups == 1 or self.groups != self.in_channels:
             stride = (step or self.stride[0], *self.stride[1:])
-            return conv3d(padded, weight, self.bias, stride, cast(tuple[int, ...], self.padding), self.groups)
+            return conv3d(padded, weight, self.bias, stride, self.groups)
         batch, taps = padded.shape[0], weight.shape[2]
         frames = padded.shape[2] - taps + 1
         out: Tensor | None = None
@@ -187,19 +203,16 @@ class VideoConv3d(nn.Conv3d):
         return out
 
 
-def conv3d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    groups: int = 1,
-) -> Tensor:
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], groups: int = 1) -> Tensor:
     """`torch.nn.functional.conv3d`, on a CPU by oneDNN also where PyTorch would take a loop several times slower.
+
+    Frames are padded by half a kernel's rows and columns: by one for kernels of three and of two, which then give one
+    row and column more than x has.
 
     PyTorch asks whether the product of a single input's first four sizes is large, as if they were an image's: a few
     frames of a wide picture look small to it.
     """
+    padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
     direct = (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -211,15 +224,7 @@ def conv3d(
     )
     if direct:
         return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), groups)
-    if _is_halved_pointwise(x, weight, groups):
-        return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
     return F.conv3d(x, weight, bias, stride, padding, groups=groups)
-
-
-def _is_halved_pointwise(x: Tensor, weight: Tensor, groups: int) -> bool:
-    """A 1x1x1 kernel in bfloat16 on a CPU: oneDNN 3.x gives NaN for its gradient where frames are few and large."""
-    halved = torch.bfloat16 in (x.dtype, torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
-    return x.device.type == "cpu" and halved and groups == 1 and weight.shape[2:].numel() == 1
 
 
 def early(kernel: Tensor, dim: int) -> Tensor:

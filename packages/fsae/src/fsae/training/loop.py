@@ -32,13 +32,16 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from fsae.data.order import EpochItems, MicroBatches, data_place, derived_generator, derived_seed, order_of
+from fsae.devices import avoid_faulty_kernels
 from fsae.errors import CheckpointError, UserError
 from fsae.storage.checkpoint import save_state
 from fsae.storage.files import partial_folder, read_json, write_json
 from fsae.training import checkpointing
 from fsae.training.config import LoopConfig
 from fsae.training.ema import MovingAverage
-from fsae.training.engines.replicated import Trained
+from fsae.training.engines.fsdp2 import Fsdp2
+from fsae.training.engines.protocol import Engine, ModuleSet
+from fsae.training.engines.replicated import Replicated
 from fsae.training.engines.zero3 import Zero3
 from fsae.training.logs import Logs
 from fsae.training.stopping import StopRequests, WorkerSignals
@@ -47,6 +50,15 @@ from fsae.training.task import KEEP, Task, decay_groups
 __all__ = ["Task", "TrainingResult", "train"]
 
 StopReason = Literal["signal", "time"]
+
+_ENGINES: dict[str, Callable[[Accelerator, ModuleSet, LoopConfig], Engine]] = {
+    "ddp": Replicated,
+    "fsdp2": Fsdp2,
+    "zero3": Zero3,
+}
+
+# Streams of noise of one micro-batch: the model's loss draws from one, its opponents' from the other.
+_NOISE_STREAMS = (1, 2)
 
 # In a checkpoint, what belongs to the model and what to its opponents.
 _OPTIMIZERS = ("optimizer", "opponent-optimizer")
@@ -63,7 +75,7 @@ class TrainingResult:
         stopped: Why it ended before max_steps: "signal" (SIGTERM, Ctrl-C), "time" (max_minutes) or None.
         output_dir: Where its checkpoints are.
         is_main_process: Whether this process is the one that should write the exported model.
-        trained: The trained modules, holding the trained weights until they are exported.
+        engine: What trained the modules; it holds the trained weights until they are exported.
         average: The moving average, or None with ema_decay 0.
     """
 
@@ -71,16 +83,16 @@ class TrainingResult:
     stopped: StopReason | None
     output_dir: Path
     is_main_process: bool
-    trained: Trained = field(repr=False)
+    engine: Engine = field(repr=False)
     average: MovingAverage | None = field(repr=False)
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
         """The trained modules by name; under sharding they hold but a part of the weights."""
-        return self.trained.modules
+        return self.engine.modules
 
     def export(self, name: str) -> nn.Module:
-        """The module ``name`` in eval mode, with the averaged weights if there is an average.
+        """The module `name` in eval mode, with the averaged weights if there is an average.
 
         Under sharding all processes must call it; each gets a whole module.
         """
@@ -88,7 +100,7 @@ class TrainingResult:
             raise UserError(f"{name!r} was not trained; trained were {', '.join(self.modules)}")
         if self.average is not None:
             self.average.copy_to_weights()
-        return self.trained.export(name)
+        return self.engine.export(name)
 
 
 def train(
@@ -99,7 +111,7 @@ def train(
     Args:
         task: What to train.
         dataset: Map-style. Items are pure functions of their index, or of (index, epoch) if it has a method
-            ``sample(index, epoch)``. If it has ``settings``, JSON values, they are kept and compared as the
+            `sample(index, epoch)`. If it has `settings`, JSON values, they are kept and compared as the
             task's.
         config: The run.
         collate: Makes a batch of a list of items; torch's default_collate if None.
@@ -125,9 +137,11 @@ def train(
 
 
 class _Run:
-    """One call of ``train``."""
+    """One call of `train`."""
 
     def __init__(self, task: Task, dataset: Any, config: LoopConfig, collate: Callable[[list[Any]], Any]) -> None:
+        if config.mixed_precision == "bf16" and not torch.accelerator.is_available():
+            avoid_faulty_kernels()
         AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
         self.task, self.config = task, config
         self.output_dir = Path(config.output_dir)
@@ -157,23 +171,22 @@ class _Run:
         }
         for module in task.frozen.values():
             module.to(self.accelerator.device).eval()
-        self._make_trained(sharding)
+        self._make_engines(sharding)
         self.saved_at = -1
 
-    def _make_trained(self, kind: str) -> None:
+    def _make_engines(self, sharding: str) -> None:
         task, config = self.task, self.config
-        model = self.accelerator, task.modules, task.parameter_groups, config.optimizer, config
-        self.model = Zero3(*model) if kind == "zero3" else Trained(*model, sharded=kind == "fsdp2")
-        self.opponents: Trained | None = None
+        trained = ModuleSet(task.modules, task.parameter_groups, config.optimizer)
+        self.model = _ENGINES[sharding](self.accelerator, trained, config)
+        self.engines = [self.model]
+        self.opponents: Engine | None = None
         if task.opponents:
             # Never sharded: they are small, and the model's loss calls them outside of their own forward.
             groups = partial(decay_groups, task.opponents.values())
-            self.opponents = Trained(self.accelerator, task.opponents, groups, task.opponent_optimizer, config)
+            opponents = ModuleSet(task.opponents, groups, task.opponent_optimizer)
+            self.opponents = Replicated(self.accelerator, opponents, config)
+            self.engines.append(self.opponents)
         self.average = MovingAverage(self.model.weights, config.ema_decay) if config.ema_decay > 0 else None
-
-    @property
-    def _all_trained(self) -> list[Trained]:
-        return [self.model] if self.opponents is None else [self.model, self.opponents]
 
     # --- the course of a run
     # -------------------------------------------------------------------------------------
@@ -221,8 +234,8 @@ class _Run:
         batches = self._batches(start)
         stopped: StopReason | None = None
         step, since, began = start, start, time.monotonic()
-        for trained in self._all_trained:
-            trained.forward.train()
+        for engine in self.engines:
+            engine.forward.train()
         while step < config.max_steps and stopped is None:
             scalars, stopped = self._update(step, batches, requests)
             step += 1
@@ -249,14 +262,14 @@ class _Run:
         """One optimiser step. Everything that needs the device's answer is read back in one go."""
         self.task.step = step
         factor = self.config.schedule.factor(step, self.config.max_steps)
-        rates = [trained.set_rate(factor) for trained in self._all_trained]
+        rates = [engine.set_rate(factor) for engine in self.engines]
         seen, outputs = [], []
         for micro in range(self.config.gradient_accumulation_steps):
             seen.append(send_to_device(next(batches), self.accelerator.device, non_blocking=True))
-            with self.accelerator.accumulate(*(trained.forward for trained in self._all_trained)):
+            with self.accelerator.accumulate(*(engine.forward for engine in self.engines)):
                 outputs.append(self._differentiate(seen[-1], step, micro))
         means = {name: torch.stack([output[name] for output in outputs]).mean() for name in outputs[0]}
-        norms = [trained.clip(self.config.max_grad_norm) for trained in self._all_trained]
+        norms = [engine.clip(self.config.max_grad_norm) for engine in self.engines]
         losses = torch.stack([o[name] for o in outputs for name in ("loss", "opponent_loss") if name in o])
         finite = losses.isfinite().all()
         if self.config.mixed_precision != "fp16":  # there the loss scalers skip an overflow by themselves
@@ -264,8 +277,8 @@ class _Run:
         bad, wanted = self._agree(~finite, requests.pending())
         if bad:
             self._stop_on_non_finite(step, seen, outputs, norms)
-        for trained in self._all_trained:
-            trained.step()
+        for engine in self.engines:
+            engine.step()
         if self.average is not None:
             self.average.update(step)
         means |= dict(zip(("gradient_norm", "opponent_gradient_norm"), norms, strict=False))
@@ -276,13 +289,14 @@ class _Run:
     def _differentiate(self, batch: Any, step: int, micro: int) -> dict[str, Tensor]:
         """Add one micro-batch's gradients, the model's and then its opponents'; returns the scalars."""
         task, model, opponents = self.task, self.model, self.opponents
-        generators = [derived_generator(self.config.seed, step, micro, self.data_rank, player) for player in (1, 2)]
-        with nullcontext() if opponents is None else opponents.untouched():
+        place = self.config.seed, step, micro, self.data_rank
+        generators = [derived_generator(*place, stream) for stream in _NOISE_STREAMS]
+        with nullcontext() if opponents is None else opponents.without_gradients():
             output = model.forward(task.loss, batch, generators[0])
             model.backward(output["loss"])  # in here, since checkpointed blocks run once more
         kept = {name: output.pop(name).detach() for name in list(output) if name.startswith(KEEP)}
         if opponents is not None:
-            with model.untouched():
+            with model.without_gradients():
                 answer = opponents.forward(task.opponent_loss, batch, kept, generators[1], step)
                 if "loss" in answer:
                     opponents.backward(answer["loss"])
@@ -326,12 +340,12 @@ class _Run:
         path = self.output_dir / f"nonfinite-{step:08d}-{self.rank:05d}.safetensors"
         report: dict[str, Any] = {"step": step, "rank": self.rank, "seed": self.config.seed}
         culprit = ""
-        for player, norm in zip(("", "opponent_"), norms, strict=False):
-            losses = [output[f"{player}loss"].item() for output in outputs if f"{player}loss" in output]
-            report |= {f"{player}losses": [str(v) for v in losses], f"{player}gradient_norm": str(norm.item())}
+        for prefix, norm in zip(("", "opponent_"), norms, strict=False):
+            losses = [output[f"{prefix}loss"].item() for output in outputs if f"{prefix}loss" in output]
+            report |= {f"{prefix}losses": [str(v) for v in losses], f"{prefix}gradient_norm": str(norm.item())}
             if not culprit and not math.isfinite(sum(losses) + norm.item()):
                 what = "gradient" if math.isfinite(sum(losses)) else "loss"
-                culprit = f"the opponents' {what}" if player else f"the {what}"
+                culprit = f"the opponents' {what}" if prefix else f"the {what}"
         attempt = checkpointing.Attempt()
         attempt(checkpointing.save_batch, path, batches, report)
         where = f"is in {path}; look at it" if attempt.error is None else f"could not be kept ({attempt.error})"
@@ -345,8 +359,8 @@ class _Run:
         if self.data_rank == 0 or self.model.sharded:
             state = checkpointing.random_state()
             with ExitStack() as stack:
-                for trained in self._all_trained:
-                    stack.enter_context(trained.evaluated())
+                for engine in self.engines:
+                    stack.enter_context(engine.evaluating())
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(self.accelerator.autocast())
                 if self.average is not None:
@@ -359,7 +373,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def _save(self, step: int) -> None:
-        """Write the checkpoint of ``step`` and make it the newest."""
+        """Write the checkpoint of `step` and make it the newest."""
         final = checkpointing.checkpoint_folder(self.output_dir, step)
         temporary = partial_folder(final)
         attempt = checkpointing.Attempt()
@@ -395,17 +409,17 @@ class _Run:
 
     def _state(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
         """The tensors of a checkpoint, by file; whole, in the main process."""
-        for trained in self._all_trained:
-            for name in trained.modules:
-                yield f"{name}.safetensors", trained.state(name, keep=self.main)
+        for engine in self.engines:
+            for name in engine.modules:
+                yield f"{name}.safetensors", engine.state(name, keep=self.main)
         if self.average is not None:
             yield "ema.safetensors", self.model.gathered(self.average.shadow, keep=self.main)
-        for name, trained in zip(_OPTIMIZERS, self._all_trained, strict=False):
-            yield f"{name}.safetensors", trained.moments(keep=self.main)
+        for name, engine in zip(_OPTIMIZERS, self.engines, strict=False):
+            yield f"{name}.safetensors", engine.moments(keep=self.main)
 
     def _values(self, step: int) -> dict[str, Any]:
         epoch, offset = self.order.position(step)
-        scalers = {key: trained.scaler.state_dict() for key, trained in zip(_SCALERS, self._all_trained, strict=False)}
+        scalers = {key: engine.scaler_state() for key, engine in zip(_SCALERS, self.engines, strict=False)}
         return {"step": step, "epoch": epoch, "offset": offset, "settings": self.settings, **scalers}
 
     def _check_length_and_settings(self, folder: Path, state: dict[str, Any]) -> None:
@@ -450,11 +464,10 @@ class _Run:
                 "checkpoint before it"
             )
         self._check_length_and_settings(folder, state)
-        for trained, optimizer, scaler in zip(self._all_trained, _OPTIMIZERS, _SCALERS, strict=False):
-            trained.load_modules(folder)
-            trained.load_moments(checkpointing.load_tensors(folder / f"{optimizer}.safetensors"))
-            if trained.scaler.is_enabled():
-                trained.scaler.load_state_dict(state[scaler])
+        for engine, optimizer, scaler in zip(self.engines, _OPTIMIZERS, _SCALERS, strict=False):
+            engine.load_modules(folder)
+            engine.load_moments(checkpointing.load_tensors(folder / f"{optimizer}.safetensors"))
+            engine.load_scaler_state(state.get(scaler, {}))
         if self.average is not None:
             self.average.load(self.model.parts(checkpointing.load_tensors(folder / "ema.safetensors")))
         checkpointing.load_random_state(folder, self.data_rank)
