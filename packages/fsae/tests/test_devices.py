@@ -15,7 +15,8 @@ avoid_faulty_kernels()
 torch.manual_seed(0)
 sizes = (1, 32, 7, 96, 64, 3), (1, 128, 1, 32, 32, 1), (2, 64, 5, 2, 1, 3)
 for batch, channels, frames, height, width, taps in sizes:
-    x, kernel = torch.randn(batch, channels, frames, height, width), torch.randn(channels, channels, taps, taps, taps) / 9
+    x = torch.randn(batch, channels, frames, height, width)
+    kernel = torch.randn(channels, channels, taps, taps, taps) / 9
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         given, weight = (t.to(dtype, memory_format=torch.channels_last_3d).requires_grad_() for t in (x, kernel))
