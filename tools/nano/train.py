@@ -47,7 +47,8 @@ from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
 from fsae.weights.inflation import inflate
 from fsae.weights.initialization import start_small
-from fsdit.conditioning import load_encoders, resize_for_clip
+from fsdit.conditioning import load_encoders
+from fsdit.conditioning.encoders import resize_for_clip
 from fsdit.flow.path import FlowSchedule
 from fsdit.model import FSDiT
 from fsdit.training.config import TransformerConfig
@@ -154,11 +155,11 @@ class Singles(torch.utils.data.Dataset[dict[str, Tensor]]):
 IMAGES = [(1, LOW, LOW, 4), (1, 64, 128, 8), (1, LOW, LOW, 4), (1, 192, LOW, 2), (1, HIGH, HIGH, 1)]
 """What the autoencoder sees at first; each kind in turn."""
 
-SHORT = [(5, 64, 64, 8), (9, 64, 64, 4), (5, 64, 128, 4), (9, 128, 64, 2)]
+SHORT = [(5, 64, 64, 8), (9, 64, 64, 4), (5, 64, 128, 4), (9, 64, 128, 2)]
 """Where the encoder learns to see motion: small crops, a few latents."""
 
 CLIPS = [
-    (17, LOW, LOW, 1), (9, 64, 128, 2), (33, 64, 64, 2), (17, 128, 64, 2), (9, 192, 128, 1), (33, 64, 128, 1),
+    (17, LOW, LOW, 1), (9, 64, 128, 2), (33, 64, 64, 2), (17, 64, 128, 2), (9, 192, 128, 1), (33, 64, 128, 1),
     (5, HIGH, HIGH, 1), (17, LOW, LOW, 1), (9, 128, 192, 1), (33, LOW, LOW, 1),
 ]  # fmt: skip
 """Every length, several sizes and shapes; speeds are those of whole frames, so that large ones are fast."""

@@ -32,7 +32,8 @@ from fsae.data.video import read_video, to_video_tensor, write_video
 from fsae.errors import UserError
 from fsae.transcoding.fingerprints import encoder_fingerprint
 from fsdit.cli import main
-from fsdit.conditioning import load_encoders, nano_tokenizer, pad_text
+from fsdit.conditioning import load_encoders, nano_tokenizer
+from fsdit.conditioning.encoders import pad_text
 from fsdit.preparation import cache, shards
 from fsdit.preparation.config import CacheConfig
 from fsdit.training.data import CachedLatents, tell_missing_captions

@@ -16,17 +16,15 @@ from fsae.errors import CheckpointError, UserError
 from fsdit.conditioning import (
     ImageEncoder,
     TextEncoder,
-    clean_prompt,
     first_frame_condition,
     load_encoders,
     load_text_encoder,
     model_input,
-    nano_image_encoder,
-    nano_text_encoder,
     nano_tokenizer,
-    resize_for_clip,
 )
-from fsdit.encoders import load_encoder
+from fsdit.conditioning.encoders import clean_prompt, resize_for_clip
+from fsdit.conditioning.nano import nano_image_encoder, nano_text_encoder
+from fsdit.conditioning.pretrained import load_encoder
 
 
 @pytest.fixture(scope="module")

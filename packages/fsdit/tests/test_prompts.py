@@ -16,16 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
 from fsae.errors import CheckpointError, UserError
-from fsdit.conditioning import (
-    ImageEncoder,
-    TextEncoder,
-    image_encoder_fingerprint,
-    load_text_encoder,
-    loaded,
-    nano_image_encoder,
-    nano_tokenizer,
-    text_encoder_fingerprint,
-)
+from fsdit.conditioning import ImageEncoder, TextEncoder, load_text_encoder, nano_tokenizer
+from fsdit.conditioning.folders import image_encoder_fingerprint, loaded, text_encoder_fingerprint
+from fsdit.conditioning.nano import nano_image_encoder
 from fsdit.preparation.prompts import PromptCache
 
 TEXT_LEN = 24

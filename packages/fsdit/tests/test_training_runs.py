@@ -24,7 +24,7 @@ from fsae.data.video import write_video
 from fsae.errors import UserError
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsdit import FSDiT
-from fsdit.conditioning import pad_text
+from fsdit.conditioning.encoders import pad_text
 from fsdit.flow.path import FlowSchedule
 from fsdit.preparation.cache import make_cache
 from fsdit.preparation.config import CacheConfig

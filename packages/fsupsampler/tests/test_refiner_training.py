@@ -19,14 +19,8 @@ from fsae.errors import UserError
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
 from fsdit import FSDiT
-from fsdit.conditioning import (
-    ImageEncoder,
-    TextEncoder,
-    first_frame_condition,
-    nano_image_encoder,
-    nano_text_encoder,
-    nano_tokenizer,
-)
+from fsdit.conditioning import ImageEncoder, TextEncoder, first_frame_condition, nano_tokenizer
+from fsdit.conditioning.nano import nano_image_encoder, nano_text_encoder
 from fsdit.flow.path import FlowSchedule
 from fsdit.training.data import CachedClips
 from fsupsampler import LatentUpsampler

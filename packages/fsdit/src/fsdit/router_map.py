@@ -27,7 +27,8 @@ from fsae.data.datasets import VideoFolder
 from fsae.errors import UserError
 from fsae.evaluation.charts import heat_map
 from fsae.storage.files import atomic_path
-from fsdit.conditioning import Context, ImageEncoder, TextEncoder, hidden, model_input, training_condition
+from fsdit.conditioning.encoders import ImageEncoder, TextEncoder
+from fsdit.conditioning.inputs import Context, model_input, training_condition, training_context
 from fsdit.flow.path import TIMESTEPS, FlowSchedule, interpolate
 from fsdit.layers.layer_memory import LayerRouter
 from fsdit.model import FSDiT
@@ -155,12 +156,12 @@ def map_routers(
     with watch_routers(model) as tally:
         for latents, context in clips:
             condition = training_condition(latents, model.config.mask_channels)
-            image = hidden(context.image) if context.image is not None and latents.shape[2] == 1 else context.image
+            context = training_context(context, latents.shape[2])
             # Clip by clip, so that the noise does not depend on what shares a batch.
             noise = torch.stack([torch.randn(clip.shape, generator=generator) for clip in latents]).to(latents)
             for sigma in sigmas.to(latents.device):
                 times = (TIMESTEPS * sigma).expand(len(latents))
-                model(model_input(interpolate(latents, noise, sigma), condition), times, context.text, image)
+                model(model_input(interpolate(latents, noise, sigma), condition), times, context.text, context.image)
     return tally.result()
 
 

@@ -20,7 +20,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from fsae.errors import UserError
-from fsdit.conditioning import Condition, Context, model_input
+from fsdit.conditioning.inputs import Condition, Context, model_input
 from fsdit.flow.path import TIMESTEPS, interpolate
 
 MaskRule = Callable[[Tensor], Tensor]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from fsdit.conditioning import Condition
+from fsdit.conditioning.inputs import Condition
 from fsupsampler.training.config import RegularizationConfig
 
 

@@ -102,7 +102,7 @@ def _clips(config: RouterMapConfig, model: Any) -> Iterator[Any]:
     """Batches of latents and embeddings; UserError where they are not what the model takes."""
     from fsae import FSAE
     from fsae.data.datasets import VideoFolder
-    from fsdit.conditioning import load_encoders
+    from fsdit.conditioning.folders import load_encoders
     from fsdit.router_map import cached_clips, encoded_clips
     from fsdit.training.data import CachedLatents
     from fsdit.training.task import check_widths

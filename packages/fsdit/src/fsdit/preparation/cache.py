@@ -33,8 +33,8 @@ from fsae.devices import choose_device
 from fsae.errors import UserError
 from fsae.storage.files import check_folder
 from fsae.transcoding.fingerprints import encoder_fingerprint
-from fsdit.conditioning import (
-    ImageEncoder,
+from fsdit.conditioning.encoders import ImageEncoder
+from fsdit.conditioning.folders import (
     image_encoder_fingerprint,
     load_image_encoder,
     load_text_encoder,

@@ -29,8 +29,8 @@ from fsae.data.video import probe
 from fsae.devices import choose_device
 from fsae.errors import CheckpointError, UserError
 from fsae.storage.files import atomic_path, check_writable
-from fsdit.conditioning import loaded
-from fsdit.encoders import load_encoder, load_tokenizer
+from fsdit.conditioning.folders import loaded
+from fsdit.conditioning.pretrained import load_encoder, load_tokenizer
 from fsdit.preparation.config import CaptionConfig
 
 Picture = NDArray[np.uint8]

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from fsae.errors import UserError
 from fsae.storage.files import atomic_path
 from fsae.storage.fingerprint import tensor_fingerprint
-from fsdit.conditioning import TextEncoder, TextEncoding, clean_prompt, loaded, pad_text
+from fsdit.conditioning.encoders import TextEncoder, TextEncoding, clean_prompt, pad_text
+from fsdit.conditioning.folders import loaded
 
 
 class PromptRows(NamedTuple):
@@ -38,7 +39,7 @@ class PromptCache:
 
     Args:
         folder: Where they are kept; made when the first is.
-        fingerprint: `fsdit.conditioning.text_encoder_fingerprint` of the encoder.
+        fingerprint: `fsdit.conditioning.folders.text_encoder_fingerprint` of the encoder.
         text_len: Rows of an embedding.
     """
 

@@ -54,7 +54,7 @@ class Header:
 
     Attributes:
         autoencoder: `fsae.storage.fingerprint.encoder_fingerprint` of the autoencoder.
-        text_encoder: `fsdit.encoders.folder_fingerprint` of the text encoder and its tokenizer.
+        text_encoder: `fsdit.conditioning.pretrained.folder_fingerprint` of the text encoder and its tokenizer.
         image_encoder: Likewise of the image encoder.
         clips: The fields of ClipsConfig.
         buckets: Of each, frames, size, batch_size, share and the sources' weights.

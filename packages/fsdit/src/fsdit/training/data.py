@@ -30,7 +30,7 @@ from fsae import FSAE
 from fsae.data.buckets import Bucket, BucketOrder
 from fsae.data.sources import Entry
 from fsae.errors import CheckpointError, UserError
-from fsdit.conditioning import pad_text, resize_for_clip
+from fsdit.conditioning.encoders import pad_text, resize_for_clip
 from fsdit.preparation import shards
 
 PathLike = str | os.PathLike[str]

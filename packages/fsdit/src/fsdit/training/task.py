@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,9 @@ from fsae.training.logs import frame_grid
 from fsae.training.loop import Task, TrainingResult, train
 from fsae.training.runs import finished, is_main_process, read_samples, save_parts
 from fsae.transcoding.fingerprints import encoder_fingerprint
-from fsdit.conditioning import (
-    Context,
-    ImageEncoder,
-    TextEncoder,
-    hidden,
-    load_encoders,
-    model_input,
-    pad_text,
-    training_condition,
-)
+from fsdit.conditioning.encoders import ImageEncoder, TextEncoder, pad_text
+from fsdit.conditioning.folders import load_encoders
+from fsdit.conditioning.inputs import Context, model_input, training_condition, training_context
 from fsdit.flow.path import TIMESTEPS, interpolate, pseudo_huber, velocity
 from fsdit.flow.sampling import denoise
 from fsdit.model import FSDiT
@@ -143,9 +136,7 @@ class FlowMatchingTask(Task):
             context = self._kept_context(batch, captions, negative)
         else:
             context = self._encoded_context(batch, captions, negative)
-        if context.image is None or self.config.stills_see_image or self.frames(batch) > 1:
-            return context
-        return replace(context, image=hidden(context.image))
+        return context if self.config.stills_see_image else training_context(context, self.frames(batch))
 
     def _encoded_context(self, batch: Any, captions: list[str], negative: str | None) -> Context:
         assert self.text_encoder is not None and self.image_encoder is not None

@@ -18,14 +18,9 @@ from fsae.losses.reconstruction import l1_loss
 from fsae.training.logs import frame_grid
 from fsae.training.loop import Task, train
 from fsae.training.runs import finished, is_main_process, read_samples, save_parts
-from fsdit.conditioning import (
-    Condition,
-    ImageEncoder,
-    TextEncoder,
-    first_frame_condition,
-    load_encoders,
-    nothing_known,
-)
+from fsdit.conditioning.encoders import ImageEncoder, TextEncoder
+from fsdit.conditioning.folders import load_encoders
+from fsdit.conditioning.inputs import Condition, first_frame_condition, nothing_known
 from fsdit.model import FSDiT
 from fsdit.training.data import tell_missing_captions
 from fsdit.training.task import FlowMatchingTask

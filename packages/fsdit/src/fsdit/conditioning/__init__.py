@@ -1,0 +1,42 @@
+"""What steers the transformer: prompt, image and known latents (paper §2.3.1; Wan2.1's encoders)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fsae.exports import lazy_exports
+
+if TYPE_CHECKING:
+    from fsdit.conditioning.encoders import ImageEncoder, TextEncoder
+    from fsdit.conditioning.folders import load_encoders, load_image_encoder, load_text_encoder
+    from fsdit.conditioning.inputs import Condition, Context, first_frame_condition, model_input
+    from fsdit.conditioning.nano import nano_tokenizer
+
+__all__ = [
+    "Condition",
+    "Context",
+    "ImageEncoder",
+    "TextEncoder",
+    "first_frame_condition",
+    "load_encoders",
+    "load_image_encoder",
+    "load_text_encoder",
+    "model_input",
+    "nano_tokenizer",
+]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "Condition": "fsdit.conditioning.inputs",
+        "Context": "fsdit.conditioning.inputs",
+        "ImageEncoder": "fsdit.conditioning.encoders",
+        "TextEncoder": "fsdit.conditioning.encoders",
+        "first_frame_condition": "fsdit.conditioning.inputs",
+        "load_encoders": "fsdit.conditioning.folders",
+        "load_image_encoder": "fsdit.conditioning.folders",
+        "load_text_encoder": "fsdit.conditioning.folders",
+        "model_input": "fsdit.conditioning.inputs",
+        "nano_tokenizer": "fsdit.conditioning.nano",
+    },
+)
