@@ -15,7 +15,7 @@ from fsdit.conditioning import Condition, Context, first_frame_condition, model_
 from fsdit.flow.path import FlowSchedule
 from fsdit.flow.sampling import CapturedDenoise, GuidedVelocity, Step, denoise
 from fsdit.flow.solvers import UniPC
-from fsdit.model import ContextCache
+from fsdit.layers.context import ContextCache
 
 SHAPE = (2, 4, 3, 2, 2)
 

@@ -8,9 +8,9 @@ image ``B M image_dim``; timestep ``B`` = 1000·sigma. The input stacks noise, m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fsae.errors import UserError
 from fsae.storage.checkpoint import StrictModelMixin
 from fsdit.layers.attention import CrossAttention, KeysValues, SelfAttention
+from fsdit.layers.context import ContextCache, Embedded
 from fsdit.layers.embeddings import ImageEmbedding, TextEmbedding, TimeEmbedding
 from fsdit.layers.layer_memory import LayerRouter, States, retrieve
 from fsdit.layers.modulation import WideLayerNorm, add_gated, at_least_float32, modulate
@@ -27,58 +28,6 @@ from fsdit.parallel import ContextParallel
 from fsdit.presets import PRESETS
 
 MemoryKernel = Literal["auto", "plain", "fused"]
-
-
-class Embedded(NamedTuple):
-    """Text ``B L D`` and image ``B M D`` at the model's width: what cross-attention's keys and values are made of."""
-
-    text: Tensor
-    image: Tensor | None
-
-    def keys_values(self, attention: CrossAttention) -> KeysValues:
-        """Keys and values of one block."""
-        return attention.keys_values(self.text, self.image)
-
-
-class ContextCache:
-    """Cross-attention's keys and values of every block, made at the first forward and then reused.
-
-    They depend on text and image alone, so a sampling run that gives the model one cache in all its steps computes
-    them once. A forward with other text or image tensors, or of another model, makes them anew; values that change in
-    place, of the tensors or of the weights, go unnoticed. For inference: they carry no gradients.
-    """
-
-    def __init__(self) -> None:
-        self._source: tuple[nn.ModuleList, Tensor, Tensor | None] | None = None
-        self._blocks: tuple[_BlockCache, ...] = ()
-
-    def holds(self, blocks: nn.ModuleList, text: Tensor, image: Tensor | None) -> bool:
-        """Whether these blocks made the cache of these very tensors."""
-        source = (blocks, text, image)
-        return self._source is not None and all(a is b for a, b in zip(self._source, source, strict=True))
-
-    def start(self, blocks: nn.ModuleList, text: Tensor, image: Tensor | None, embedded: Embedded) -> None:
-        """Forget what there is; the blocks fill the cache from ``embedded`` as they run."""
-        self._source = blocks, text, image
-        self._blocks = tuple(_BlockCache(embedded) for _ in blocks)
-
-    def __getitem__(self, index: int) -> _BlockCache:
-        return self._blocks[index]
-
-
-class _BlockCache:
-    """One block's keys and values."""
-
-    def __init__(self, embedded: Embedded) -> None:
-        self._embedded: Embedded | None = embedded
-        self._made: KeysValues | None = None
-
-    def keys_values(self, attention: CrossAttention) -> KeysValues:
-        """Made by the block itself, in its forward: only there are its weights sure to be at hand."""
-        if self._made is None:
-            assert self._embedded is not None
-            self._made, self._embedded = self._embedded.keys_values(attention), None
-        return self._made
 
 
 class FSDiTBlock(nn.Module):
@@ -106,7 +55,7 @@ class FSDiTBlock(nn.Module):
     def forward(
         self,
         time: Tensor,
-        context: Embedded | _BlockCache,
+        context: Embedded,
         rotary: Rotary,
         states: States,
         into: Tensor | None = None,
@@ -115,7 +64,7 @@ class FSDiTBlock(nn.Module):
 
         Args:
             time: ``B 6 D``.
-            context: text and image, or what an earlier call made of them.
+            context: text and image, with the cache of a sampling run.
             rotary: the tokens' positions.
             states: X_0 ... X_{l-1}; the newest alone is enough without a router. As separate tensors they are
                 explicit inputs, which gradient checkpointing keeps and differentiates like any other.
@@ -363,31 +312,31 @@ class FSDiT(StrictModelMixin):
             x = self.context_parallel.gather(x, rotary.length)
         return self._unpatchify(x, grid)
 
-    def _context(
-        self, text: Tensor, image: Tensor | None, cache: ContextCache | None
-    ) -> Callable[[int], Embedded | _BlockCache]:
-        """What block i's cross-attention sees."""
-        if cache is not None and cache.holds(self.blocks, text, image):
-            return cache.__getitem__
+    def _context(self, text: Tensor, image: Tensor | None, cache: ContextCache | None) -> Embedded:
+        """What cross-attention sees; from the cache, if there is one and it has it."""
+        if cache is None:
+            return self._embed(text, image)
+        cache.begin(text, image)
+        if self not in cache:
+            cache[self] = self._embed(text, image)
+        embedded: Embedded = cache[self]
+        return embedded._replace(cache=cache)
+
+    def _embed(self, text: Tensor, image: Tensor | None) -> Embedded:
+        """Text, continued with zero rows, and image at the model's width."""
         dtype = self.patch_embedding.weight.dtype
         embedded_image = None
         if self.image_embedding is not None and image is not None:
             embedded_image = self.image_embedding(image.to(dtype))
-        embedded = Embedded(self.text_embedding(self._pad_text(text.to(dtype))), embedded_image)
-        if cache is None:
-            return lambda index: embedded
-        cache.start(self.blocks, text, image, embedded)
-        return cache.__getitem__
+        return Embedded(self.text_embedding(self._pad_text(text.to(dtype))), embedded_image)
 
-    def _run_blocks(
-        self, x: Tensor, time: Tensor, context: Callable[[int], Embedded | _BlockCache], rotary: Rotary
-    ) -> Tensor:
+    def _run_blocks(self, x: Tensor, time: Tensor, context: Embedded, rotary: Rotary) -> Tensor:
         """X_L ``B N D``. Every state is kept while Layer Memory may still read it, otherwise only the newest."""
         if self.config.layer_memory and not torch.is_grad_enabled():
             return self._run_blocks_in_place(x, time, context, rotary)
         states: tuple[Tensor, ...] = (x,)
-        for index, block in enumerate(self.blocks):
-            arguments = time, context(index), rotary, states
+        for block in self.blocks:
+            arguments = time, context, rotary, states
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, *arguments)
             else:
@@ -395,14 +344,12 @@ class FSDiT(StrictModelMixin):
             states = (*states, x) if self.config.layer_memory else (x,)
         return x
 
-    def _run_blocks_in_place(
-        self, x: Tensor, time: Tensor, context: Callable[[int], Embedded | _BlockCache], rotary: Rotary
-    ) -> Tensor:
+    def _run_blocks_in_place(self, x: Tensor, time: Tensor, context: Embedded, rotary: Rotary) -> Tensor:
         """All states in one buffer ``L + 1 B N D``, which every block writes the next one into."""
         states = x.new_empty(len(self.blocks) + 1, *x.shape)
         states[0] = x
         for index, block in enumerate(self.blocks):
-            block(time, context(index), rotary, states[: index + 1], states[index + 1])
+            block(time, context, rotary, states[: index + 1], states[index + 1])
         return states[-1]
 
     def rotary(self, hidden_states: Tensor) -> Rotary:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fsae.errors import UserError
-from fsdit.conditioning import Condition, Context, model_input
+from fsdit.conditioning.inputs import Condition, Context, model_input
 from fsdit.flow.path import TIMESTEPS, FlowSchedule
 from fsdit.flow.solvers import SolverName, make_solver
-from fsdit.model import ContextCache, FSDiT
+from fsdit.layers.context import ContextCache
+from fsdit.model import FSDiT
 
 
 @dataclass(frozen=True)
