@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from fsae.layers.attention import FirstFrameAttention
+from fsae.layers.attention import THETA, FirstFrameAttention
+from fsae.layers.config import Injection
 
 
 def brute_force(layer: FirstFrameAttention, x: Tensor, first: Tensor, window: int) -> Tensor:
@@ -19,7 +20,7 @@ def brute_force(layer: FirstFrameAttention, x: Tensor, first: Tensor, window: in
         return v / (v.square().mean() + 1e-5).sqrt() * norm.weight + norm.bias
 
     def angle(cell: tuple[float, float], pair: int) -> float:
-        rate = layer.theta ** (-(pair % quarter) / quarter)
+        rate = THETA ** (-(pair % quarter) / quarter)
         return rate * (cell[0] if pair < quarter else cell[1])
 
     def turn(v: Tensor, cell: tuple[float, float]) -> Tensor:
@@ -61,7 +62,9 @@ def brute_force(layer: FirstFrameAttention, x: Tensor, first: Tensor, window: in
 
 def layer_with_weights(window: int, reach: float) -> FirstFrameAttention:
     torch.manual_seed(0)
-    layer = FirstFrameAttention(16, 12, head_dim=8, window=window, reach=reach, local_bias=1.0).double()
+    layer = FirstFrameAttention(16, 0, Injection((12,), head_dim=8, window=window, reach=reach)).double()
+    for near in (layer.to_q, layer.to_k):
+        torch.nn.init.constant_(near.bias, 1.0)
     for parameter in layer.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return layer
@@ -80,7 +83,7 @@ def test_equals_brute_force_whole_and_in_windows() -> None:
 @torch.no_grad()
 def test_starts_as_the_identity_and_local() -> None:
     torch.manual_seed(0)
-    layer = FirstFrameAttention(32, 32, head_dim=32)
+    layer = FirstFrameAttention(32, 0, Injection((32,), head_dim=32))
     x, first = torch.randn(1, 32, 3, 8, 8), torch.randn(1, 32, 8, 8)
     assert torch.equal(layer(x, first), x)
     # With W_o the identity, each position gets nearly the value of its own cell; without the large biases it does not.
@@ -102,7 +105,7 @@ def test_starts_as_the_identity_and_local() -> None:
 def test_an_offset_looks_at_another_cell() -> None:
     """With an offset of two columns, each position gets the value two columns on; without, its own."""
     torch.manual_seed(0)
-    layer = FirstFrameAttention(32, 32, head_dim=32, reach=4.0)
+    layer = FirstFrameAttention(32, 0, Injection((32,), head_dim=32, reach=4.0))
     x, first = torch.randn(1, 32, 1, 8, 8), torch.randn(1, 32, 8, 8)
     torch.nn.init.eye_(layer.to_out.weight)
     values = layer.to_v(layer.norm_context(first).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 import fsae.tiling
 from fsae import FSAE
-from fsae.layers.blocks import BlockStyle, EViTBlock, ResBlock
-from fsae.layers.conv import TimeKind, VideoConv3d
+from fsae.layers.blocks import EViTBlock, ResBlock
+from fsae.layers.config import BlockStyle
+from fsae.layers.conv import Kernel, TimeKind, VideoConv3d
 from fsae.layers.norm import PixelNorm
 from fsae.layers.resample import FOLDING_PAYS, Upsample
 from fsae.streaming import FrameCache
@@ -41,7 +42,7 @@ def test_folded_upsampling_equals_plain_up_to_the_borders(
     time: TimeKind, group: int, double_time: bool, channels: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
-    up = Upsample(*channels, double_time=double_time, time=time, group=group).double()
+    up = Upsample(*channels, BlockStyle(time, group), double_time=double_time).double()
     for frames in (1, 5, 9):
         for size in ((3, 5), (1, 1)):
             x = torch.randn(2, channels[0], frames, *size, dtype=torch.double)
@@ -53,7 +54,7 @@ def test_folded_upsampling_equals_plain_up_to_the_borders(
 @pytest.mark.parametrize(("time", "group", "double_time"), [kind for kind in KINDS if kind[0] != "standard"])
 def test_folded_upsampling_streams(time: TimeKind, group: int, double_time: bool) -> None:
     torch.manual_seed(0)
-    up = Upsample(8, 4, double_time=double_time, time=time, group=group).double()
+    up = Upsample(8, 4, BlockStyle(time, group), double_time=double_time).double()
     x = torch.randn(1, 8, 9, 3, 4, dtype=torch.double)
     whole, _ = both_ways(up, x)
     step = max(group // 2, 1)
@@ -68,7 +69,7 @@ def test_folded_upsampling_streams(time: TimeKind, group: int, double_time: bool
 def test_gradients_of_the_folded_form_equal_the_plain() -> None:
     torch.manual_seed(0)
     for time, group, double_time in KINDS:
-        up = Upsample(4, 4, double_time=double_time, time=time, group=group).double()
+        up = Upsample(4, 4, BlockStyle(time, group), double_time=double_time).double()
         x = torch.randn(1, 4, 5, 3, 3, dtype=torch.double, requires_grad=True)
         plain, folded = both_ways(up, x)
         toward = torch.randn_like(plain)
@@ -88,7 +89,7 @@ def test_folding_is_for_eval_and_for_frames_of_some_size() -> None:
             self.upsampled |= getattr(func, "__name__", "") == "interpolate"
             return func(*args, **(kwargs or {}))
 
-    up = Upsample(2, 2, double_time=True, time="standard")
+    up = Upsample(2, 2, BlockStyle("standard"), double_time=True)
     large, small = torch.randn(1, 2, 2, 32, FOLDING_PAYS // 32), torch.randn(1, 2, 2, 4, 4)
     for training, x, upsampled in ((True, large, True), (False, large, False), (False, small, True)):
         up.train(training)
@@ -105,7 +106,7 @@ def test_folding_is_for_eval_and_for_frames_of_some_size() -> None:
 @pytest.mark.parametrize("group", [1, 2, 4])
 def test_group_ends_of_two_taps_equal_plain(group: int, groups: int) -> None:
     torch.manual_seed(0)
-    conv = VideoConv3d(4, 4, time="group_causal", group=group, groups=groups).double()
+    conv = VideoConv3d(4, 4, Kernel(groups=groups), time="group_causal", group=group).double()
     for frames in (1, 5, 9):
         x = torch.randn(2, 4, frames, 4, 3, dtype=torch.double)
         plain = conv.train()(x)

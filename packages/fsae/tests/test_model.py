@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fsae import FSAE
 from fsae.errors import UserError
+from fsae.shapes import Compression
 from fsae.weights.inflation import inflate
 
 TINY: dict[str, Any] = {
@@ -267,7 +268,8 @@ def test_blocks_equal_diffusers_dc_ae() -> None:
     from diffusers.models.autoencoders.autoencoder_dc import EfficientViTBlock
     from diffusers.models.autoencoders.autoencoder_dc import ResBlock as TheirResBlock
 
-    from fsae.layers.blocks import BlockStyle, EViTBlock, ResBlock
+    from fsae.layers.blocks import EViTBlock, ResBlock
+    from fsae.layers.config import BlockStyle
 
     torch.manual_seed(0)
     x = torch.randn(2, 64, 12, 10)
@@ -376,3 +378,10 @@ def test_a_first_frame_of_another_clip_is_refused() -> None:
 def test_sizes_that_do_not_fit_together_are_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         FSAE.from_preset("nano", **options)
+
+
+def test_only_residual_stages_change_the_frame_rate() -> None:
+    sizes = {"widths": (32,) * 4, "encoder_depths": (1,) * 4, "decoder_depths": (1,) * 4, "latent_channels": 8}
+    with pytest.raises(ValueError, match="2 stages change the frame rate.*give 1 or fewer"):
+        FSAE(**sizes, residual_stages=1, temporal_stages=2)
+    assert FSAE(**sizes, residual_stages=1, temporal_stages=1).compression == Compression(8, 2)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fsae.layers.config import BlockStyle
+from fsae.layers.conv import TimeKind
 from fsae.layers.resample import Downsample, Upsample
 
 
@@ -33,7 +35,7 @@ def test_downsample_shortcut_index_by_index() -> None:
 
 def test_upsample_shortcut_index_by_index() -> None:
     torch.manual_seed(0)
-    up = Upsample(8, 4, double_time=True, time="standard")
+    up = Upsample(8, 4, BlockStyle("standard"), double_time=True)
     x = torch.randn(1, 8, 3, 2, 2, dtype=torch.double)
     got = up.shortcut(x)
     assert got.shape == (1, 4, 5, 4, 4)
@@ -47,11 +49,11 @@ def test_upsample_shortcut_index_by_index() -> None:
 
 
 @pytest.mark.parametrize("time", ["causal", "standard", "group_causal"])
-def test_sizes_there_and_back(time: str) -> None:
+def test_sizes_there_and_back(time: TimeKind) -> None:
     x = torch.randn(1, 4, 9, 4, 4)
     small = Downsample(4, 8, halve_time=True)(x)
     assert small.shape == (1, 8, 5, 2, 2)
-    assert Upsample(8, 4, double_time=True, time=time, group=2)(small).shape == x.shape  # type: ignore[arg-type]
+    assert Upsample(8, 4, BlockStyle(time, group=2), double_time=True)(small).shape == x.shape
     assert Downsample(4, 8, halve_time=False)(x).shape == (1, 8, 9, 2, 2)
 
 
@@ -59,4 +61,4 @@ def test_channels_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="6 channels do not divide"):
         Downsample(4, 6, halve_time=False)
     with pytest.raises(ValueError, match="6 channels do not divide"):
-        Upsample(6, 4, double_time=False, time="causal")
+        Upsample(6, 4, BlockStyle(), double_time=False)

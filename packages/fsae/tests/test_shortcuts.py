@@ -7,9 +7,15 @@ import torch
 from torch import Tensor
 
 from fsae import FSAE
+from fsae.layers.config import BlockStyle
+from fsae.layers.conv import TimeKind
 from fsae.layers.resample import Downsample, Upsample
 from fsae.layers.shortcuts import Shortcut
 from fsae.streaming import FrameCache
+
+
+def even(time: TimeKind) -> BlockStyle:
+    return BlockStyle(time, group=2, shortcut="even")
 
 
 def nyquist(x: Tensor) -> tuple[float, float]:
@@ -65,8 +71,8 @@ def test_a_whole_model_has_no_scan_lines_to_begin_with() -> None:
 
 @pytest.mark.parametrize("folded", [True, False])
 @pytest.mark.parametrize("time", ["causal", "standard", "group_causal"])
-def test_between_two_frames_stands_their_mean(time: str, folded: bool) -> None:
-    up = Upsample(4, 4, double_time=True, time=time, group=2, shortcut="even").double().eval()  # type: ignore[arg-type]
+def test_between_two_frames_stands_their_mean(time: TimeKind, folded: bool) -> None:
+    up = Upsample(4, 4, even(time), double_time=True).double().eval()
     torch.nn.init.zeros_(up.conv.weight)
     torch.nn.init.zeros_(up.conv.bias)
     up.folded = folded
@@ -82,9 +88,9 @@ def test_between_two_frames_stands_their_mean(time: str, folded: bool) -> None:
 @pytest.mark.parametrize("folded", [True, False])
 @pytest.mark.parametrize("time", ["causal", "group_causal"])
 @torch.no_grad()
-def test_a_stream_of_even_steps_is_the_whole(time: str, folded: bool) -> None:
+def test_a_stream_of_even_steps_is_the_whole(time: TimeKind, folded: bool) -> None:
     torch.manual_seed(0)
-    up = Upsample(8, 4, double_time=True, time=time, group=2, shortcut="even").double().eval()  # type: ignore[arg-type]
+    up = Upsample(8, 4, even(time), double_time=True).double().eval()
     down = Downsample(4, 8, halve_time=True, shortcut="even").double()
     up.folded = folded
     x = torch.randn(1, 8, 6, 4, 4, dtype=torch.double)
@@ -92,7 +98,7 @@ def test_a_stream_of_even_steps_is_the_whole(time: str, folded: bool) -> None:
     cache = FrameCache()
     parts = [up(part, cache) for part in x.split([1, 2, 3], dim=2)]
     torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=0, atol=1e-12)
-    other = Upsample(8, 4, double_time=True, time=time, group=2, shortcut="even").double().eval()  # type: ignore[arg-type]
+    other = Upsample(8, 4, even(time), double_time=True).double().eval()
     other.load_state_dict(up.state_dict())
     other.folded = not folded
     torch.testing.assert_close(other(x), whole, rtol=0, atol=1e-12)

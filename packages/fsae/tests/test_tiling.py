@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from fsae import FSAE
 from fsae.errors import UserError
-from fsae.tiling import MAX_ELEMENTS, OuterStages, Plan, Video, Window, foresee, plan, tiled
+from fsae.planned import PlannedDecoder, PlannedEncoder
+from fsae.tiling import MAX_ELEMENTS, OuterStages, TilePlan, Window, Workload, foresee, plan_tiles, tiled
 
 NOTHING_TO_SPARE = 1
 
@@ -93,12 +94,14 @@ def test_tiled_equals_whole(kind: str, size: tuple[int, int, int]) -> None:
     for grid in ((2, 2), (1, 3)):
         for length in {frames} if kind == "standard" else {frames, 1}:
             stages = model.decoder.outer_stages
-            found = foresee(stages, Video(1, frames, size[1] // 8, size[2] // 8, 8), length, grid)
+            found = foresee(stages, Workload(1, frames, size[1] // 8, size[2] // 8, 8), length, grid)
             assert len(found.windows) == grid[0] * grid[1]
-            got = model.decoder.whole(latents, contexts, noise, found)
+            got = PlannedDecoder(model.decoder, found).whole(latents, contexts, noise)
             torch.testing.assert_close(got, whole, rtol=0, atol=1e-10)
         if kind != "standard":
-            streamed = torch.cat(list(model.decoder.stream(latents.split(1, dim=2), contexts, noise, found)), 2)
+            streamed = torch.cat(
+                list(PlannedDecoder(model.decoder, found).stream(latents.split(1, dim=2), contexts, noise)), 2
+            )
             torch.testing.assert_close(streamed, whole, rtol=0, atol=1e-10)
 
 
@@ -109,11 +112,11 @@ def test_the_encoder_in_tiles_equals_the_whole(size: tuple[int, int, int]) -> No
     whole = model.encode(video)
     for grid in ((2, 2), (1, 3)):
         for length in {whole.shape[2], 1}:
-            work = Video(1, whole.shape[2], size[1] // 8, size[2] // 8, 8)
+            work = Workload(1, whole.shape[2], size[1] // 8, size[2] // 8, 8)
             found = foresee(model.encoder.outer_stages, work, length, grid)
-            torch.testing.assert_close(model.encoder.whole(video, found), whole, rtol=0, atol=1e-10)
+            torch.testing.assert_close(PlannedEncoder(model.encoder, found).whole(video), whole, rtol=0, atol=1e-10)
         chunks = [video[:, :, :1], *(video[:, :, 1:].split(4, dim=2) if size[0] > 1 else [])]
-        streamed = torch.cat(list(model.encoder.stream(chunks, found)), 2)
+        streamed = torch.cat(list(PlannedEncoder(model.encoder, found).stream(chunks)), 2)
         torch.testing.assert_close(streamed, whole, rtol=0, atol=1e-10)
 
 
@@ -125,13 +128,13 @@ def test_memory_reaches_the_plan(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
     latents = model.encode(video)
     features = model.first_frame_features(video[:, :, :1])
     whole = model.decode(latents, features)
-    plans: list[Plan] = []
+    plans: list[TilePlan] = []
 
-    def seen(*args: Any) -> Plan:
-        plans.append(plan(*args))
+    def seen(*args: Any) -> TilePlan:
+        plans.append(plan_tiles(*args))
         return plans[-1]
 
-    monkeypatch.setattr("fsae.model.plan", seen)
+    monkeypatch.setattr("fsae.planned.plan_tiles", seen)
     calls: list[tuple[Any, Tensor]] = [
         (lambda memory: model.encode(video, memory), latents),
         (lambda memory: torch.cat(list(model.encode_stream([video], memory)), 2), latents),
@@ -173,8 +176,8 @@ def test_keys_and_values_are_made_once_for_all_tiles() -> None:
         if stage.injection is not None:
             stage.injection.to_k.register_forward_hook(lambda *_: calls.append(1))
     contexts = model.decoder.contexts(model.first_frame_features(image))
-    tiles = foresee(model.decoder.outer_stages, Video(1, 2, 8, 12, 8), 1, (2, 2))
-    model.decoder.whole(latents, contexts, model.decoder.draw_noise(64, 96, torch.Generator()), tiles)
+    tiles = foresee(model.decoder.outer_stages, Workload(1, 2, 8, 12, 8), 1, (2, 2))
+    PlannedDecoder(model.decoder, tiles).whole(latents, contexts, model.decoder.draw_noise(64, 96, torch.Generator()))
     list(model.decode_stream(latents, image))
     assert len(calls) == 2 * 3
 
@@ -240,24 +243,24 @@ def test_a_patch_with_its_borders_is_the_whole_frames() -> None:
 
 def test_more_memory_is_fewer_tiles() -> None:
     stages = nonzero("standard").decoder.outer_stages
-    video = Video(1, 9, 12, 20, 4, 3 * 33 * 96 * 160)
+    video = Workload(1, 9, 12, 20, 4, 3 * 33 * 96 * 160)
     counts = []
     most = foresee(stages, video, 9, (1, 1)).nbytes
-    least = least_memory(lambda memory: plan(stages, video, memory, "decode", 9))
+    least = least_memory(lambda memory: plan_tiles(stages, video, memory, "decode", 9))
     for memory in (*range(least, most, (most - least) // 7), most):
-        found = plan(stages, video, memory, "decode", 9)
+        found = plan_tiles(stages, video, memory, "decode", 9)
         assert found.nbytes <= memory
         counts.append(len(found.windows))
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > counts[3] > counts[-1] == 1
     with pytest.raises(UserError, match=rf"memory is {least - 1} bytes.*160x96 pixels and 9 latents.*least {least}"):
-        plan(stages, video, least - 1, "decode", 9)
+        plan_tiles(stages, video, least - 1, "decode", 9)
 
 
 def test_windows_cover_the_frame_once() -> None:
     stages = nonzero("standard").decoder.outer_stages
     for grid in ((1, 1), (2, 3), (4, 5), (7, 1)):
-        found = foresee(stages, Video(1, 2, 7, 10, 4), 2, grid)
+        found = foresee(stages, Workload(1, 2, 7, 10, 4), 2, grid)
         seen = torch.zeros(7, 10)
         for window in found.windows:
             window.crop(seen).add_(1)
@@ -267,9 +270,9 @@ def test_windows_cover_the_frame_once() -> None:
 def test_time_is_cut_before_space_where_it_can_be() -> None:
     for kind, latents, tiles in (("lite", 1, 1), ("causal", 1, 1), ("standard", 9, 4)):
         stages = nonzero(kind).decoder.outer_stages
-        video = Video(1, 9, 24, 40, 4, 3 * 33 * 192 * 320)
+        video = Workload(1, 9, 24, 40, 4, 3 * 33 * 192 * 320)
         memory = int(0.6 * foresee(stages, video, 9, (1, 1)).nbytes)
-        found = plan(stages, video, memory, "decode", 9)
+        found = plan_tiles(stages, video, memory, "decode", 9)
         assert found.latents < 9 if latents == 1 else found.latents == 9
         assert (len(found.windows) == 1) is (tiles == 1)
 
@@ -280,11 +283,11 @@ def test_no_tensor_passes_two_to_the_31_at_full_size(preset: str, frames: int, s
     with torch.device("meta"):
         model = FSAE.from_preset(preset)
     latents = 1 + (frames - 1) // 4
-    work = Video(1, latents, side // 8, side // 8, 2, 3 * frames * side * side)
+    work = Workload(1, latents, side // 8, side // 8, 2, 3 * frames * side * side)
     for stages in (model.decoder.outer_stages, model.encoder.outer_stages):
         if stages.widths[0] == 128 or frames > 1:
             assert foresee(stages, work, latents, (1, 1)).elements > MAX_ELEMENTS
-        found = plan(stages, work, None, "decode", latents)
+        found = plan_tiles(stages, work, None, "decode", latents)
         assert found.elements <= MAX_ELEMENTS
         width, halo = stages.widths[0], stages.halo
         for window in found.windows:
@@ -292,7 +295,7 @@ def test_no_tensor_passes_two_to_the_31_at_full_size(preset: str, frames: int, s
             made = 1 if frames == 1 else min(4 * found.latents, frames) + 2
             assert width * made * wide.height * wide.width * 64 <= MAX_ELEMENTS
     with pytest.raises(UserError, match="fewer at once"):
-        plan(model.decoder.outer_stages, Video(1, 31, 512, 512, 2, 3 * 121 * 4096**2), None, "decode", 31)
+        plan_tiles(model.decoder.outer_stages, Workload(1, 31, 512, 512, 2, 3 * 121 * 4096**2), None, "decode", 31)
 
 
 # --- what is foreseen is what is taken ---------------------------------------------------------------------------
@@ -306,13 +309,13 @@ def test_peak_memory_is_as_foreseen(kind: str) -> None:
         latents, image = torch.randn(1, 8, 3, 8, 8).to(dtype), torch.randn(1, 3, 1, 128, 128).to(dtype)
         contexts = model.decoder.contexts(model.first_frame_features(image))
         noise = model.decoder.draw_noise(128, 128, torch.Generator())
-        work = Video(1, 3, 16, 16, latents.element_size(), 3 * 9 * 128 * 128)
+        work = Workload(1, 3, 16, 16, latents.element_size(), 3 * 9 * 128 * 128)
         largest = []
         for grid in ((1, 1), (2, 3)):
             for length in (3,) if kind == "standard" else (3, 1):
                 found = foresee(model.decoder.outer_stages, work, length, grid)
                 with Memory() as memory:
-                    model.decoder.whole(latents, contexts, noise, found)
+                    PlannedDecoder(model.decoder, found).whole(latents, contexts, noise)
                 check(memory, found)
                 largest.append(memory.largest)
         assert largest == sorted(largest, reverse=True) or kind != "standard"
@@ -324,24 +327,24 @@ def test_peak_memory_of_the_encoder_and_of_streams_is_as_foreseen() -> None:
     model = nonzero("lite", torch.float32, widths=(16, 32, 32, 32, 32))
     video = torch.randn(1, 3, 9, 128, 128)
     for grid, length in (((1, 1), 3), ((1, 1), 1), ((2, 2), 3), ((2, 2), 1)):
-        found = foresee(model.encoder.outer_stages, Video(1, 3, 16, 16, 4), length, grid)
+        found = foresee(model.encoder.outer_stages, Workload(1, 3, 16, 16, 4), length, grid)
         with Memory() as memory:
-            model.encoder.whole(video, found)
+            PlannedEncoder(model.encoder, found).whole(video)
         check(memory, found)
     noise = model.decoder.draw_noise(128, 128, torch.Generator())
     for grid in ((1, 1), (2, 2)):
-        found = foresee(model.decoder.outer_stages, Video(1, None, 16, 16, 4), 1, grid)
+        found = foresee(model.decoder.outer_stages, Workload(1, None, 16, 16, 4), 1, grid)
         peaks = []
         for count in (3, 7):
             latents = torch.randn(1, 8, count, 8, 8)
             with Memory() as memory:
-                for piece in model.decoder.stream([latents], None, noise, found):
+                for piece in PlannedDecoder(model.decoder, found).stream([latents], None, noise):
                     del piece
             peaks.append(memory.peak)
         check(memory, found)
         assert peaks[1] <= 1.02 * peaks[0]  # more latents, no more memory
 
 
-def check(memory: Memory, found: Plan) -> None:
+def check(memory: Memory, found: TilePlan) -> None:
     assert 0.5 * found.nbytes <= memory.peak <= found.nbytes
     assert memory.largest <= found.elements

@@ -7,22 +7,23 @@ lite        group-causal in groups of 1, 2 and 4 frames, narrower outer stages (
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fsae.layers.attention import Context, FirstFrameAttention
-from fsae.layers.blocks import BlockStyle, EViTBlock, ResBlock, Stage
+from fsae.layers.blocks import EViTBlock, ResBlock, Stage
+from fsae.layers.config import Injection, StackConfig
 from fsae.layers.conv import TimeKind, VideoConv3d
 from fsae.layers.motion import FirstFrameSampling, MotionField, Values
 from fsae.layers.norm import PixelNorm
 from fsae.layers.resample import Upsample
-from fsae.streaming import FrameCache, joined
-from fsae.tiling import OuterStages, Plan, Window, tiled
+from fsae.streaming import FrameCache
+from fsae.tiling import OuterStages, Window
 
 DecoderKind = Literal["causal", "standard", "lite"]
 
@@ -36,68 +37,58 @@ FirstFrame = Sequence[Tensor | Context | Values | None]
 KEPT_FRAMES: dict[DecoderKind, int] = {"causal": 2, "standard": 0, "lite": 1}
 
 
+class Sight(NamedTuple):
+    """What a stage sees of the first frame.
+
+    Attributes:
+        first_frame: the encoder's features at this resolution, `B C H W`, whole, or what `context` made of them.
+        window: the part of the frame that the stage's output is, in its own cells; None is all of it.
+        displacements: where the injection samples, as `MotionField` gives them, of the window.
+    """
+
+    first_frame: Tensor | Context | Values
+    window: Window | None = None
+    displacements: Tensor | None = None
+
+
 class DecoderStage(Stage):
     """The step up from the stage before, the look at the first frame, and the blocks of one resolution."""
 
     def __init__(
-        self,
-        channels: int,
-        depth: int,
-        style: BlockStyle,
-        *,
-        residual: bool,
-        previous_channels: int | None,
-        double_time: bool,
-        injection: FirstFrameAttention | FirstFrameSampling | None,
+        self, stack: StackConfig, stage: int, injection: FirstFrameAttention | FirstFrameSampling | None
     ) -> None:
         super().__init__()
-        self.up = (
-            None
-            if previous_channels is None
-            else Upsample(
-                previous_channels,
-                channels,
-                double_time=double_time,
-                time=style.time,
-                group=style.group,
-                shortcut=style.shortcut,
-            )
-        )
+        style = stack.style_of(stage)
+        residual = stage < stack.residual_stages
+        channels, *coarser = stack.widths[stage:]
+        double_time = stage < stack.temporal_stages
+        self.up = Upsample(coarser[0], channels, style, double_time=double_time) if coarser else None
         self.injection = injection
         self.noisy = residual and style.noise > 0
         block = ResBlock if residual else EViTBlock
-        self.blocks = nn.ModuleList(block(channels, style) for _ in range(depth))
+        self.blocks = nn.ModuleList(block(channels, style) for _ in range(stack.depths[stage]))
 
     def forward(
-        self,
-        x: Tensor,
-        first_frame: Tensor | Context | Values | None,
-        noise: Sequence[Tensor] = (),
-        window: Window | None = None,
-        cache: FrameCache | None = None,
-        displacements: Tensor | None = None,
+        self, x: Tensor, sight: Sight | None, noise: Sequence[Tensor] = (), cache: FrameCache | None = None
     ) -> Tensor:
         """The step up, the look at the first frame, the blocks.
 
         Args:
             x: `B C' t h w`, what the stage before gave.
-            first_frame: the encoder's features of frame 0 at this resolution, whole, or what `context` made of them.
-            noise: a map `1 1 1 H W` for each block, whole frames; none where there is no noise.
-            window: the part of the frame that this stage's output is, in its own cells; None is all of it.
+            sight: what is seen of the first frame; None is nothing.
+            noise: a map `1 1 1 H W` for each block, of x's window; none where there is no noise.
             cache: the state of a stream that x is the next chunk of.
-            displacements: where the injection samples, as `MotionField` gives them, of the window.
 
         Returns:
             `B C T H W`.
         """
         if self.up is not None:
             x = self.run(self.up, x, cache=cache)
-        if self.injection is not None and first_frame is not None:
-            where = (window,) if displacements is None else (displacements, window)
-            x = self.run(self.injection, x, first_frame, *where)
-        maps = [noise_map if window is None else window.crop(noise_map) for noise_map in noise]
+        if self.injection is not None and sight is not None:
+            displacements = () if sight.displacements is None else (sight.displacements,)
+            x = self.run(self.injection, x, sight.first_frame, *displacements, sight.window)
         for b, block in enumerate(self.blocks):
-            x = self.run(block, x, *(noise_map.to(x.device, x.dtype) for noise_map in maps[b : b + 1]), cache=cache)
+            x = self.run(block, x, *(noise_map.to(x.device, x.dtype) for noise_map in noise[b : b + 1]), cache=cache)
         return x
 
 
@@ -105,92 +96,48 @@ class Decoder(nn.Module):
     """Latents `B c t h w`, not normalised -> video `B 3 1+4(t-1) 64h 64w`.
 
     Args:
-        widths: channels of each stage, fine to coarse.
-        depths: blocks of each stage.
-        latent_channels: c.
-        residual_stages, temporal_stages: as in the encoder.
+        stack: the stages; the time of their style is the kind's.
         kind: how time is seen, see the top of this file.
-        context_widths: the encoder's widths where its first-frame features are injected, else None. They enter
-            every stage that runs at the latents' frame rate, where one frame of the decoder stands for one latent.
-        injection_head_dim: channels a head of the injection.
-        injection_window: side of its windows.
-        injection_reach: pixels that its offsets are counted in; 0 for none.
-        injection_sampling: the outer stages sample the first frame's features along the motion (`fsae.layers.motion`)
-            instead of attending to them, those at higher frame rates too.
-        style: what all blocks share.
+        injection: how the encoder's features of frame 0 enter, if they do: the attention at every stage that runs at
+            the latents' frame rate, where one frame of the decoder stands for one latent.
+
+    Attributes:
+        outer_stages: the residual stages, which see a part of the frame; the others see all of it.
     """
 
-    def __init__(
-        self,
-        widths: Sequence[int],
-        depths: Sequence[int],
-        latent_channels: int,
-        residual_stages: int,
-        temporal_stages: int,
-        kind: DecoderKind,
-        style: BlockStyle,
-        context_widths: Sequence[int] | None = None,
-        injection_head_dim: int = 64,
-        injection_window: int = 128,
-        injection_reach: float = 0.0,
-        injection_sampling: bool = False,
-    ) -> None:
+    def __init__(self, stack: StackConfig, kind: DecoderKind, injection: Injection | None = None) -> None:
         super().__init__()
-        self.copies = widths[-1] // latent_channels
-        self.outer_stages = OuterStages(
-            widths=tuple((*widths, widths[-1])[: residual_stages + 1]),
-            convolutions=tuple(2 * depth + (1 if s else 2) for s, depth in enumerate(depths[:residual_stages])),
-            temporal_stages=temporal_stages,
-            cell=2 ** min(residual_stages, len(widths) - 1),
-            halo=_halo(depths[:residual_stages], len(widths)),
-            kept_frames=KEPT_FRAMES[kind],
+        style = replace(stack.style, time=TIME_OF_KIND[kind])
+        stack = replace(stack, style=style)
+        self.copies = stack.widths[-1] // stack.latent_channels
+        self.outer_stages = _outer_stages(stack, KEPT_FRAMES[kind])
+        self.conv_in = VideoConv3d(stack.latent_channels, stack.widths[-1], time=style.time)
+        self.stages = nn.ModuleList(
+            DecoderStage(stack, s, None if injection is None else self._injection(stack, s, injection))
+            for s in range(len(stack.widths))
         )
-        style = replace(style, time=TIME_OF_KIND[kind])
-        self.conv_in = VideoConv3d(latent_channels, widths[-1], time=style.time)
-        stages = []
-        for s, width in enumerate(widths):
-            injection: FirstFrameAttention | FirstFrameSampling | None = None
-            rate = 2 ** max(temporal_stages - s, 0)
-            if context_widths is not None and injection_sampling and s < self._count:
-                injection = FirstFrameSampling(width, context_widths[s], size=2**s, rate=rate)
-            elif context_widths is not None and s >= temporal_stages:
-                injection = FirstFrameAttention(
-                    width,
-                    context_widths[s],
-                    head_dim=injection_head_dim,
-                    window=injection_window,
-                    reach=injection_reach / 2**s,
-                    eps=style.eps,
-                    norm_affine=style.norm_affine,
-                )
-            stages.append(
-                DecoderStage(
-                    width,
-                    depths[s],
-                    # A latent's worth of frames at this rate: 4, 2, 1, 1, ... from fine to coarse.
-                    replace(style, group=rate),
-                    residual=s < residual_stages,
-                    previous_channels=widths[s + 1] if s + 1 < len(widths) else None,
-                    double_time=s < temporal_stages,
-                    injection=injection,
-                )
-            )
-        self.stages = nn.ModuleList(stages)
         self.motion: MotionField | None = None
-        if context_widths is not None and injection_sampling:
-            met = min(self._count, len(widths) - 1)
-            self.motion = MotionField(widths[met], 2**temporal_stages, 2**met, style.eps, style.norm_affine)
-        self.norm_out = PixelNorm(widths[0], style.eps, style.norm_affine)
-        self.conv_out = VideoConv3d(widths[0], 3, time=style.time, group=2**temporal_stages)
+        if injection is not None and injection.sampling:
+            width = stack.widths[min(self.outer_stages.count, len(stack.widths) - 1)]
+            time, cell = stack.compression.time, self.outer_stages.cell
+            self.motion = MotionField(width, time, cell)
+        self.norm_out = PixelNorm(stack.widths[0], style.eps, style.norm_affine)
+        self.conv_out = VideoConv3d(stack.widths[0], 3, time=style.time, group=stack.compression.time)
+
+    def _injection(
+        self, stack: StackConfig, stage: int, injection: Injection
+    ) -> FirstFrameAttention | FirstFrameSampling | None:
+        width, rate = stack.widths[stage], stack.compression.rate(stage)
+        if injection.sampling and stage < self.outer_stages.count:
+            return FirstFrameSampling(width, injection.widths[stage], size=stack.compression.cell(stage), rate=rate)
+        if rate > 1:
+            return None
+        return FirstFrameAttention(width, stage, injection, stack.style)
 
     @property
     def halo(self) -> int:
         """Cells of `inner`'s output around a place that `outer` looks at: 7 at the paper's depths."""
         return self.outer_stages.halo
-
-    @property
-    def _count(self) -> int:
-        return len(self.outer_stages.convolutions)
 
     def draw_noise(self, height: int, width: int, generator: torch.Generator) -> list[list[Tensor]]:
         """The noise of a video of `height` x `width` pixels: by outer stage, fine to coarse, a map `1 1 1 H W` a block.
@@ -198,8 +145,8 @@ class Decoder(nn.Module):
         They are drawn for the whole frame, coarse stages first, block by block; `outer` cuts its window out of them.
         Without noise the lists are empty.
         """
-        maps: list[list[Tensor]] = [[] for _ in range(self._count)]
-        for s in reversed(range(self._count)):
+        maps: list[list[Tensor]] = [[] for _ in range(self.outer_stages.count)]
+        for s in reversed(range(self.outer_stages.count)):
             stage = cast(DecoderStage, self.stages[s])
             if stage.noisy:
                 shape = (1, 1, 1, height >> s, width >> s)
@@ -227,8 +174,8 @@ class Decoder(nn.Module):
             its last channels, so that they are cut as it is cut.
         """
         x = self.conv_in(latents, cache) + latents.repeat_interleave(self.copies, dim=1)
-        for s in reversed(range(self._count, len(self.stages))):
-            x = self.stages[s](x, None if first_frame is None else first_frame[s], cache=cache)
+        for s in reversed(range(self.outer_stages.count, len(self.stages))):
+            x = self.stages[s](x, _sight(first_frame, s), cache=cache)
         return x if self.motion is None else torch.cat([x, self.motion(x, cache)], dim=1)
 
     def outer(
@@ -258,61 +205,38 @@ class Decoder(nn.Module):
         if self.motion is not None:
             x, displacements = x.split([x.shape[1] - 2 * self.motion.frames, 2 * self.motion.frames], dim=1)
             x = x.to(self.conv_out.weight.dtype)  # displacements made all of it fp32
-        for s in reversed(range(self._count)):
+        for s in reversed(range(self.outer_stages.count)):
             part = None if window is None else window.scaled(self.outer_stages.cell >> s)
-            here = None if first_frame is None else first_frame[s]
-            x = self.stages[s](x, here, noise[s], part, cache, displacements)
+            maps = noise[s] if part is None else [part.crop(noise_map) for noise_map in noise[s]]
+            x = self.stages[s](x, _sight(first_frame, s, part, displacements), maps, cache)
         return self.conv_out(F.relu(self.norm_out(x), inplace=not torch.is_grad_enabled()), cache)
-
-    def whole(
-        self, latents: Tensor, first_frame: FirstFrame | None, noise: Sequence[Sequence[Tensor]], plan: Plan
-    ) -> Tensor:
-        """The clip's video by plan: all frames of one window before the next, so that one window's stream is kept.
-
-        first_frame and noise: as `outer` has them.
-        """
-        count = latents.shape[2]
-        chunked = plan.latents < count
-        kept = FrameCache() if chunked else None
-        parts = [self.inner(part, first_frame, kept) for part in latents.split(plan.latents, dim=2)]
-        x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-        del parts, kept
-
-        def compute(_: int, window: Window) -> list[Tensor]:
-            cache = FrameCache() if chunked else None
-            chunks = window.crop(x).split(plan.latents, dim=2)
-            pieces = (self.outer(chunk, first_frame, noise, window, cache) for chunk in chunks)
-            return [joined(pieces, self.outer_stages.frames(0, count, begun=False))]
-
-        (video,) = tiled(plan.windows, self.outer_stages.halo, x.shape[3], x.shape[4], compute)
-        return video
-
-    def stream(
-        self, chunks: Iterable[Tensor], first_frame: FirstFrame | None, noise: Sequence[Sequence[Tensor]], plan: Plan
-    ) -> Iterator[Tensor]:
-        """Latents, not normalised, chunk by chunk -> their frames, `plan.latents` latents' worth at a time.
-
-        Not for the Standard decoder, which looks ahead. The others keep no frames but those that their convolutions
-        look back at. first_frame and noise: as `outer` has them.
-        """
-        kept, tiles_kept = FrameCache(), [FrameCache() for _ in plan.windows]
-
-        def outer(x: Tensor) -> Tensor:
-            def compute(index: int, window: Window) -> list[Tensor]:
-                return [self.outer(window.crop(x), first_frame, noise, window, tiles_kept[index])]
-
-            return tiled(plan.windows, self.outer_stages.halo, x.shape[3], x.shape[4], compute)[0]
-
-        for chunk in chunks:
-            for part in chunk.split(plan.latents, dim=2):
-                # Nothing made here has a name: while the caller has the frames, only they are alive.
-                yield outer(self.inner(part, first_frame, kept))
 
     def forward(self, latents: Tensor, first_frame: FirstFrame | None, generator: torch.Generator) -> Tensor:
         """first_frame: the encoder's features of frame 0 at every stage, fine to coarse, each `B C H W`, or None."""
-        scale = 2 ** (len(self.stages) - 1)
-        noise = self.draw_noise(latents.shape[3] * scale, latents.shape[4] * scale, generator)
+        height, width = (side << (len(self.stages) - 1) for side in latents.shape[3:])
+        noise = self.draw_noise(height, width, generator)
         return self.outer(self.inner(latents, first_frame), first_frame, noise)
+
+
+def _sight(
+    first_frame: FirstFrame | None, stage: int, window: Window | None = None, displacements: Tensor | None = None
+) -> Sight | None:
+    """What one stage sees, of the features of all."""
+    feature = None if first_frame is None else first_frame[stage]
+    return None if feature is None else Sight(feature, window, displacements)
+
+
+def _outer_stages(stack: StackConfig, kept_frames: int) -> OuterStages:
+    """The residual stages, which a window of the frame is enough for."""
+    depths = stack.depths[: stack.residual_stages]
+    return OuterStages(
+        widths=(*stack.widths, stack.widths[-1])[: stack.residual_stages + 1],
+        convolutions=tuple(2 * depth + (1 if s else 2) for s, depth in enumerate(depths)),
+        compression=stack.compression,
+        cell=stack.compression.cell(stack.residual_stages),
+        halo=_halo(depths, len(stack.widths)),
+        kept_frames=kept_frames,
+    )
 
 
 def _halo(depths: Sequence[int], stages: int) -> int:

@@ -1,43 +1,34 @@
-"""The encoder of FSAE (paper §2.2.1): stages, fine to coarse, each its blocks, then a downsample; 128 channels last.
+"""The encoder of FSAE (paper §2.2.1): stages, fine to coarse, each its blocks, then a downsample; the latents last.
 
-Causal in time from end to end: a latent depends on its own four frames and those before. The features of frame 0 are
+Causal in time from end to end: a latent depends on its own frames and those before. The features of frame 0 are
 therefore the same whether the image or the whole clip is encoded, and the decoder may use them (paper §2.2.3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from fsae.layers.blocks import BlockStyle, EViTBlock, ResBlock, Stage
+from fsae.layers.blocks import EViTBlock, ResBlock, Stage
+from fsae.layers.config import StackConfig
 from fsae.layers.conv import VideoConv3d
 from fsae.layers.resample import Downsample
 from fsae.streaming import FrameCache
-from fsae.tiling import OuterStages, Plan, Window, tiled
+from fsae.tiling import OuterStages
 
 
 class EncoderStage(Stage):
     """The blocks of one resolution, and the step down to the next where there is one."""
 
-    def __init__(
-        self,
-        channels: int,
-        depth: int,
-        style: BlockStyle,
-        *,
-        residual: bool,
-        next_channels: int | None,
-        halve_time: bool,
-    ) -> None:
+    def __init__(self, stack: StackConfig, stage: int) -> None:
         super().__init__()
-        block = ResBlock if residual else EViTBlock
-        self.blocks = nn.ModuleList(block(channels, style) for _ in range(depth))
+        channels, *coarser = stack.widths[stage:]
+        block = ResBlock if stage < stack.residual_stages else EViTBlock
+        self.blocks = nn.ModuleList(block(channels, stack.style) for _ in range(stack.depths[stage]))
+        halve_time = stage < stack.temporal_stages
         self.down = (
-            None
-            if next_channels is None
-            else Downsample(channels, next_channels, halve_time=halve_time, shortcut=style.shortcut)
+            Downsample(channels, coarser[0], halve_time=halve_time, shortcut=stack.style.shortcut) if coarser else None
         )
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> tuple[Tensor, Tensor]:
@@ -50,48 +41,17 @@ class EncoderStage(Stage):
 class Encoder(nn.Module):
     """Video `B 3 T H W` in [-1, 1] -> latents `B c t h w`, not yet normalised.
 
-    Args:
-        widths: channels of each stage, fine to coarse.
-        depths: blocks of each stage.
-        latent_channels: c; the width of the last stage is a multiple of it, or the other way round.
-        residual_stages: how many of the finest stages are of residual convolutions; the others are EfficientViT blocks.
-        temporal_stages: how many of the finest stages halve time on their way down.
-        style: what all blocks share.
+    Attributes:
+        outer_stages: the residual stages, which see a part of the frame; the others see all of it.
     """
 
-    def __init__(
-        self,
-        widths: Sequence[int],
-        depths: Sequence[int],
-        latent_channels: int,
-        residual_stages: int,
-        temporal_stages: int,
-        style: BlockStyle,
-    ) -> None:
+    def __init__(self, stack: StackConfig) -> None:
         super().__init__()
-        self.average = widths[-1] // latent_channels
-        count = min(residual_stages, len(widths) - 1)
-        self.outer_stages = OuterStages(
-            widths=tuple(widths[: count + 1]),
-            convolutions=tuple(2 * depth + 1 for depth in depths[:count]),
-            temporal_stages=temporal_stages,
-            cell=2**count,
-            halo=_halo(depths[:count]),
-            kept_frames=2,
-        )
-        self.conv_in = VideoConv3d(3, widths[0])
-        self.stages = nn.ModuleList(
-            EncoderStage(
-                width,
-                depths[s],
-                style,
-                residual=s < residual_stages,
-                next_channels=widths[s + 1] if s + 1 < len(widths) else None,
-                halve_time=s < temporal_stages,
-            )
-            for s, width in enumerate(widths)
-        )
-        self.conv_out = VideoConv3d(widths[-1], latent_channels)
+        self.average = stack.widths[-1] // stack.latent_channels
+        self.outer_stages = _outer_stages(stack)
+        self.conv_in = VideoConv3d(3, stack.widths[0])
+        self.stages = nn.ModuleList(EncoderStage(stack, s) for s in range(len(stack.widths)))
+        self.conv_out = VideoConv3d(stack.widths[-1], stack.latent_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(self.outer(x)[1])[1]
@@ -114,68 +74,12 @@ class Encoder(nn.Module):
         Returns:
             The features of each of these stages, and what `inner` starts from, `B C t h w`.
         """
-        return self._run(self.conv_in(x, cache), self.stages[: self._count], cache)
+        return self._run(self.conv_in(x, cache), self.stages[: self.outer_stages.count], cache)
 
     def inner(self, x: Tensor, cache: FrameCache | None = None) -> tuple[list[Tensor], Tensor]:
         """The whole-frame stages: `outer`'s output -> (the features of each of these stages, the latents)."""
-        kept, x = self._run(x, self.stages[self._count :], cache)
+        kept, x = self._run(x, self.stages[self.outer_stages.count :], cache)
         return kept, self.conv_out(x, cache) + x.unflatten(1, (-1, self.average)).mean(2)
-
-    def whole(self, video: Tensor, plan: Plan) -> Tensor:
-        """The clip's latents by plan: all frames of one window before the next, so that one window's stream is kept."""
-
-        chunked = self.outer_stages.frames(0, plan.latents, begun=False) < video.shape[2]
-
-        def compute(_: int, window: Window) -> list[Tensor]:
-            cache = FrameCache() if chunked else None
-            parts = self._cut(window.scaled(self.outer_stages.cell).crop(video), plan.latents, begun=False)
-            return [torch.cat([self.outer(part, cache)[1] for part in parts], dim=2)]
-
-        (x,) = self._tiled(video, plan, compute)
-        kept = FrameCache() if chunked else None
-        return torch.cat([self.inner(part, kept)[1] for part in x.split(plan.latents, dim=2)], dim=2)
-
-    def stream(self, chunks: Iterable[Tensor], plan: Plan) -> Iterator[Tensor]:
-        """Chunks of one video, 1 + 4n frames at first and 4n from then on -> the latents of each."""
-        kept, tiles_kept = FrameCache(), [FrameCache() for _ in plan.windows]
-
-        def outer(video: Tensor) -> Tensor:
-            def compute(index: int, window: Window) -> list[Tensor]:
-                return [self.outer(window.scaled(self.outer_stages.cell).crop(video), tiles_kept[index])[1]]
-
-            return self._tiled(video, plan, compute)[0]
-
-        begun = False
-        for chunk in chunks:
-            parts = self._cut(chunk, plan.latents, begun)
-            yield torch.cat([self.inner(outer(part), kept)[1] for part in parts], dim=2)
-            begun = True
-
-    def image_features(self, image: Tensor, plan: Plan, first: int) -> list[Tensor]:
-        """The features of an image `B 3 1 H W` at stage `first` and those coarser than it, fine to coarse."""
-
-        def compute(_: int, window: Window) -> list[Tensor]:
-            features, out = self.outer(window.scaled(self.outer_stages.cell).crop(image))
-            return [*features[first:], out]
-
-        *fine, x = self._tiled(image, plan, compute)
-        return fine + self.inner(x)[0]
-
-    def _tiled(self, video: Tensor, plan: Plan, compute: Callable[[int, Window], list[Tensor]]) -> list[Tensor]:
-        height, width = (side // self.outer_stages.cell for side in video.shape[3:])
-        return tiled(plan.windows, self.outer_stages.halo, height, width, compute)
-
-    def _cut(self, chunk: Tensor, latents: int, begun: bool) -> Iterator[Tensor]:
-        """A chunk of video into what stands for so many latents each."""
-        start = 0
-        while start < chunk.shape[2]:
-            count = self.outer_stages.frames(0, latents, begun or start > 0)
-            yield chunk[:, :, start : start + count]
-            start += count
-
-    @property
-    def _count(self) -> int:
-        return len(self.outer_stages.convolutions)
 
     @staticmethod
     def _run(x: Tensor, stages: nn.ModuleList, cache: FrameCache | None) -> tuple[list[Tensor], Tensor]:
@@ -184,6 +88,20 @@ class Encoder(nn.Module):
             feature, x = stage(x, cache)
             kept.append(feature)
         return kept, x
+
+
+def _outer_stages(stack: StackConfig) -> OuterStages:
+    """The residual stages that have a coarser one beside them, which a window of the frame is enough for."""
+    count = min(stack.residual_stages, len(stack.widths) - 1)
+    depths = stack.depths[:count]
+    return OuterStages(
+        widths=stack.widths[: count + 1],
+        convolutions=tuple(2 * depth + 1 for depth in depths),
+        compression=stack.compression,
+        cell=stack.compression.cell(count),
+        halo=_halo(depths),
+        kept_frames=2,
+    )
 
 
 def _halo(depths: Sequence[int]) -> int:

@@ -21,16 +21,14 @@ from torch import Tensor
 from fsae.decoder import Decoder, DecoderKind, FirstFrame
 from fsae.encoder import Encoder
 from fsae.errors import UserError
-from fsae.layers.blocks import BlockStyle
+from fsae.layers.config import BlockStyle, Injection, StackConfig
 from fsae.layers.shortcuts import ShortcutKind
+from fsae.planned import LONGEST_CHUNK, PlannedDecoder, PlannedEncoder
 from fsae.presets import PRESETS
 from fsae.shapes import Compression
 from fsae.statistics import latent_statistics
 from fsae.storage.checkpoint import StrictModelMixin
-from fsae.tiling import Plan, Video, plan
-
-# Latents that a stream's chunk is worked on at a time, where memory allows.
-LONGEST_CHUNK = 64
+from fsae.streaming import checked, first_of, pieces
 
 
 class FSAE(StrictModelMixin):
@@ -95,27 +93,27 @@ class FSAE(StrictModelMixin):
         latents_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        stages = {len(widths), len(encoder_depths), len(decoder_depths), len(decoder_widths or widths)}
-        if len(stages) > 1:
+        if len(encoder_depths) != len(decoder_depths):
             raise ValueError("widths and depths name different numbers of stages; each needs one value a stage")
-        for width in {widths[-1], (decoder_widths or widths)[-1]}:
-            if width % latent_channels:
-                raise ValueError(f"{latent_channels} latent channels do not divide the innermost width {width}")
-        style = BlockStyle(head_dim=attention_head_dim, eps=norm_eps, norm_affine=norm_affine, shortcut=shortcut)
-        self.encoder = Encoder(widths, encoder_depths, latent_channels, residual_stages, temporal_stages, style)
-        self.decoder = Decoder(
-            decoder_widths or widths,
-            decoder_depths,
+        stack = StackConfig(
+            tuple(widths),
+            tuple(encoder_depths),
             latent_channels,
             residual_stages,
             temporal_stages,
+            BlockStyle(head_dim=attention_head_dim, eps=norm_eps, norm_affine=norm_affine, shortcut=shortcut),
+        )
+        injection = Injection(tuple(widths), injection_head_dim, injection_window, injection_reach, injection_sampling)
+        self.encoder = Encoder(stack)
+        self.decoder = Decoder(
+            replace(
+                stack,
+                widths=tuple(decoder_widths or widths),
+                depths=tuple(decoder_depths),
+                style=replace(stack.style, noise=noise),
+            ),
             decoder_kind,
-            replace(style, noise=noise),
-            context_widths=widths if first_frame_injection else None,
-            injection_head_dim=injection_head_dim,
-            injection_window=injection_window,
-            injection_reach=injection_reach,
-            injection_sampling=injection_sampling,
+            injection if first_frame_injection else None,
         )
 
     @property
@@ -158,11 +156,8 @@ class FSAE(StrictModelMixin):
         Raises:
             UserError: a size that does not fit (see `latent_shape`), or too little memory, and how much would do.
         """
-        latents = self.latent_shape(*video.shape[2:])[1]
-        chosen = self._plan_encoding(video, latents, memory, latents)
-        if chosen.latents == latents and len(chosen.windows) == 1:
-            return self.normalize(self.encoder(video))
-        return self.normalize(self.encoder.whole(video, chosen))
+        self.compression.check(*video.shape[2:])
+        return self.normalize(PlannedEncoder.of_clip(self.encoder, video, memory).whole(video))
 
     def encode_stream(self, chunks: Iterable[Tensor], memory: int | None = None) -> Iterator[Tensor]:
         """Chunks `B 3 T H W` of one video -> the latents of each; together they are what `encode` gives for the whole.
@@ -174,40 +169,22 @@ class FSAE(StrictModelMixin):
         Raises:
             UserError: as in `encode`, or a chunk that does not go on from the one before.
         """
-        first, rest = _first_of(chunks)
-        self.latent_shape(*first.shape[2:])
-        chosen = self._plan_encoding(first, None, memory, LONGEST_CHUNK)
-        return map(self.normalize, self.encoder.stream(chain([first], self._checked(rest, first)), chosen))
-
-    def _checked(self, chunks: Iterable[Tensor], first: Tensor) -> Iterator[Tensor]:
-        """The chunks that follow `first`, whose size they must have."""
-        time = self.temporal_compression
-        for chunk in chunks:
-            frames, *size = chunk.shape[2:]
-            if frames < 1 or frames % time or size != [*first.shape[3:]]:
-                raise UserError(
-                    f"a chunk of {frames} frames of {size[1]}x{size[0]} pixels cannot follow; accepted are "
-                    f"multiples of {time} frames of {first.shape[4]}x{first.shape[3]}"
-                )
-            yield chunk
-
-    def _plan_encoding(self, video: Tensor, latents: int | None, memory: int | None, longest: int) -> Plan:
-        stages = self.encoder.outer_stages
-        height, width = (side // stages.cell for side in video.shape[3:])
-        work = Video(video.shape[0], latents, height, width, video.element_size())
-        return plan(stages, work, memory, "encode", longest)
+        first, rest = first_of(chunks)
+        self.compression.check(*first.shape[2:])
+        encoder = PlannedEncoder.of_stream(self.encoder, first, memory)
+        following = checked(rest, first, self.compression.time)
+        return map(self.normalize, encoder.stream(chain([first], following)))
 
     def first_frame_features(self, first_frame: Tensor, memory: int | None = None) -> list[Tensor | None]:
         """First frame `B 3 1 H W` in [-1, 1] -> the features that `decode` injects, fine to coarse, each `B C h w`.
 
         None stands for the stages that change the frame rate where they get none. memory: as in `encode`.
         """
-        self.latent_shape(*first_frame.shape[2:])
+        self.compression.check(*first_frame.shape[2:])
         image = first_frame[:, :, :1]
-        chosen = self._plan_encoding(image, 1, memory, 1)
         first = 0 if self.config.injection_sampling else self.config.temporal_stages
-        features = [feature[:, :, 0] for feature in self.encoder.image_features(image, chosen, first)]
-        return [None] * first + features
+        features = PlannedEncoder.of_clip(self.encoder, image, memory).image_features(image, first)
+        return [None] * first + [feature[:, :, 0] for feature in features]
 
     def decode(
         self,
@@ -230,10 +207,9 @@ class FSAE(StrictModelMixin):
         Raises:
             UserError: too little memory, and how much would do.
         """
-        frames = 1 + (latents.shape[2] - 1) * self.temporal_compression
-        chosen = self._plan_decoding(latents, latents.shape[2], memory, latents.shape[2], frames)
-        prepared = self._prepare(latents, first_frame, generator, memory)
-        return self.decoder.whole(self.denormalize(latents), *prepared, chosen)
+        decoder = PlannedDecoder.of_clip(self.decoder, latents, memory)
+        contexts = self._contexts(latents, first_frame, memory)
+        return decoder.whole(self.denormalize(latents), contexts, self._noise(latents, generator))
 
     def decode_stream(
         self,
@@ -258,72 +234,46 @@ class FSAE(StrictModelMixin):
         """
         if self.config.decoder_kind == "standard":
             whole = latents if isinstance(latents, Tensor) else torch.cat(list(latents), dim=2)
-            return _pieces(self.decode(whole, first_frame, generator, memory), self.temporal_compression)
+            return pieces(self.decode(whole, first_frame, generator, memory), self.compression.time)
         longest = LONGEST_CHUNK
         if isinstance(latents, Tensor):
             latents, longest = [latents], 1
-        first, rest = _first_of(latents)
-        chosen = self._plan_decoding(first, None, memory, longest, 0)
-        prepared = self._prepare(first, first_frame, generator, memory)
-        return self.decoder.stream(map(self.denormalize, chain([first], rest)), *prepared, chosen)
+        first, rest = first_of(latents)
+        decoder = PlannedDecoder.of_stream(self.decoder, first, memory, longest)
+        contexts = self._contexts(first, first_frame, memory)
+        chunks = map(self.denormalize, chain([first], rest))
+        return decoder.stream(chunks, contexts, self._noise(first, generator))
 
-    def _plan_decoding(
-        self, latents: Tensor, length: int | None, memory: int | None, longest: int, frames: int
-    ) -> Plan:
-        """frames: of the video where it is made whole, else 0."""
-        stages, space = self.decoder.outer_stages, self.spatial_compression
-        batch, (height, width) = latents.shape[0], (side * space for side in latents.shape[3:])
-        result = batch * 3 * frames * height * width
-        cell = stages.cell
-        work = Video(batch, length, height // cell, width // cell, latents.element_size(), result)
-        return plan(stages, work, memory, "decode", longest)
+    def _contexts(
+        self, latents: Tensor, first_frame: Tensor | FirstFrame | None, memory: int | None
+    ) -> FirstFrame | None:
+        """What all tiles and chunks look at: the first frame's keys and values."""
+        if first_frame is None or not self.config.first_frame_injection:
+            return None
+        if isinstance(first_frame, Tensor):
+            _, height, width = self.compression.video_size(1, *latents.shape[3:])
+            if (*first_frame.shape[:2], *first_frame.shape[3:]) != (len(latents), 3, height, width):
+                raise UserError(
+                    f"first_frame is {tuple(first_frame.shape)}, but of {len(latents)} clip(s) of latents of "
+                    f"{latents.shape[4]}x{latents.shape[3]} it is {(len(latents), 3, 1, height, width)}; "
+                    "give that frame"
+                )
+            first_frame = self.first_frame_features(first_frame, memory)
+        return self.decoder.contexts(first_frame)
 
-    def _prepare(
-        self,
-        latents: Tensor,
-        first_frame: Tensor | FirstFrame | None,
-        generator: torch.Generator | None,
-        memory: int | None,
-    ) -> tuple[FirstFrame | None, list[list[Tensor]]]:
-        """What all tiles and chunks share: the first frame's keys and values, and the noise."""
-        contexts: FirstFrame | None = None
-        if self.config.first_frame_injection and first_frame is not None:
-            if isinstance(first_frame, Tensor):
-                wanted = (latents.shape[0], 3, *(side * self.spatial_compression for side in latents.shape[3:]))
-                given = (*first_frame.shape[:2], *first_frame.shape[3:])
-                if given != wanted:
-                    raise UserError(
-                        f"first_frame is {tuple(first_frame.shape)}, but of {wanted[0]} clip(s) of latents of "
-                        f"{latents.shape[4]}x{latents.shape[3]} it is {(wanted[0], 3, 1, *wanted[2:])}; give that frame"
-                    )
-                first_frame = self.first_frame_features(first_frame, memory)
-            contexts = self.decoder.contexts(first_frame)
-        if generator is None:
-            generator = torch.Generator().manual_seed(0)
-        height, width = (side * self.spatial_compression for side in latents.shape[3:])
-        return contexts, self.decoder.draw_noise(height, width, generator)
+    def _noise(self, latents: Tensor, generator: torch.Generator | None) -> list[list[Tensor]]:
+        """The noise of the whole frame, for all tiles and chunks."""
+        _, height, width = self.compression.video_size(1, *latents.shape[3:])
+        return self.decoder.draw_noise(height, width, generator or _seeded())
 
     def forward(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Video -> its reconstruction, in one encoder pass, which is causal and so gives frame 0's features as well."""
-        self.latent_shape(*video.shape[2:])
+        self.compression.check(*video.shape[2:])
         kept, latents = self.encoder.features(video)
         features = [feature[:, :, 0] for feature in kept] if self.config.first_frame_injection else None
-        if generator is None:
-            generator = torch.Generator().manual_seed(0)
-        return self.decoder(latents, features, generator)
+        return self.decoder(latents, features, generator or _seeded())
 
 
-def _first_of(chunks: Iterable[Tensor]) -> tuple[Tensor, Iterator[Tensor]]:
-    """The first chunk, whose size decides the plan, and the rest."""
-    rest = iter(chunks)
-    first = next(rest, None)
-    if first is None:
-        raise UserError("a stream of no chunks was given; give one of at least one frame or latent")
-    return first, rest
-
-
-def _pieces(video: Tensor, length: int) -> Iterator[Tensor]:
-    """Frame 0, then `length` frames at a time."""
-    yield video[:, :, :1]
-    for start in range(1, video.shape[2], length):
-        yield video[:, :, start : start + length]
+def _seeded() -> torch.Generator:
+    """What draws the noise where no generator is given, so that decoding is a function."""
+    return torch.Generator().manual_seed(0)

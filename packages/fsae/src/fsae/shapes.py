@@ -32,7 +32,12 @@ class Compression:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Compression:
         """That of an FSAE with this configuration: `model.config`, the content of its config.json, or a preset."""
-        return cls(int(2 ** (len(config["widths"]) - 1)), int(2 ** config["temporal_stages"]))
+        return cls.of_stages(len(config["widths"]), config["temporal_stages"])
+
+    @classmethod
+    def of_stages(cls, stages: int, temporal_stages: int) -> Compression:
+        """That of so many stages, of which the finest change the frame rate."""
+        return cls(1 << (stages - 1), 1 << temporal_stages)
 
     def latents(self, frames: int) -> int:
         """Latents of `frames` frames; frames that fill no whole latent are not counted."""

@@ -7,10 +7,12 @@ made by who streams, passed down explicitly, and never kept by a layer, so that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+
+from fsae.errors import UserError
 
 
 class FrameCache:
@@ -55,3 +57,31 @@ def joined(pieces: Iterator[Tensor], frames: int) -> Tensor:
     if clip is None:
         raise ValueError("a clip of no pieces was asked for")
     return clip
+
+
+def pieces(video: Tensor, length: int) -> Iterator[Tensor]:
+    """A video `B C T H W` cut into frame 0, then `length` frames at a time."""
+    yield video[:, :, :1]
+    for start in range(1, video.shape[2], length):
+        yield video[:, :, start : start + length]
+
+
+def first_of(chunks: Iterable[Tensor]) -> tuple[Tensor, Iterator[Tensor]]:
+    """The first chunk, whose size decides the plan, and the rest; a `UserError` if there is none."""
+    rest = iter(chunks)
+    first = next(rest, None)
+    if first is None:
+        raise UserError("a stream of no chunks was given; give one of at least one frame or latent")
+    return first, rest
+
+
+def checked(chunks: Iterable[Tensor], first: Tensor, multiple: int) -> Iterator[Tensor]:
+    """The chunks that follow `first`: of its size, or a `UserError`, and of a `multiple` of frames."""
+    for chunk in chunks:
+        frames, *size = chunk.shape[2:]
+        if frames < 1 or frames % multiple or size != [*first.shape[3:]]:
+            raise UserError(
+                f"a chunk of {frames} frames of {size[1]}x{size[0]} pixels cannot follow; accepted are "
+                f"multiples of {multiple} frames of {first.shape[4]}x{first.shape[3]}"
+            )
+        yield chunk

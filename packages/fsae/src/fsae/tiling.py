@@ -18,6 +18,7 @@ from itertools import chain
 from torch import Tensor
 
 from fsae.errors import UserError
+from fsae.shapes import Compression
 
 # Many kernels index with 32 bits.
 MAX_ELEMENTS = 2**31 - 1
@@ -112,7 +113,7 @@ class OuterStages:
     Attributes:
         widths: their channels, fine to coarse, and those of the stage inside them.
         convolutions: in each of them.
-        temporal_stages: how many of them change the frame rate.
+        compression: pixels and frames that a latent stands for.
         cell: pixels a cell of the inner stages is wide and high.
         halo: cells around a place that they look at.
         kept_frames: frames that a convolution keeps between chunks; 0 where the clip cannot be cut in time.
@@ -120,15 +121,20 @@ class OuterStages:
 
     widths: tuple[int, ...]
     convolutions: tuple[int, ...]
-    temporal_stages: int
+    compression: Compression
     cell: int
     halo: int
     kept_frames: int
 
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return len(self.convolutions)
+
     def frames(self, stage: int, latents: int, begun: bool) -> int:
         """Frames of a stage that stand for some latents; where they begin the clip, the first stands for one."""
-        factor = 2 ** max(self.temporal_stages - stage, 0)
-        return factor * latents if begun else factor * (latents - 1) + 1
+        rate = self.compression.rate(stage)
+        return rate * latents if begun else rate * (latents - 1) + 1
 
     def elements(self, latents: int, begun: bool, cells: int) -> list[int]:
         """Of one video's features at each outer stage, neighbour frames included."""
@@ -139,11 +145,15 @@ class OuterStages:
 
 
 @dataclass(frozen=True)
-class Video:
-    """What is coded: its size in latents and cells, in numbers of how many bytes, and the elements of the result.
+class Workload:
+    """What runs through the outer stages.
 
-    latents: None is a stream, whose end is not known.
-    result: what is made whole, of all chunks and tiles; 0 where each chunk's is handed out.
+    Attributes:
+        batch: videos at once.
+        latents: of one video, in time; None for a stream, whose end is not known.
+        height, width: of a frame, in cells.
+        element_size: bytes of a number.
+        result: numbers of what is made whole, of all chunks and tiles; 0 where each chunk's is handed out.
     """
 
     batch: int
@@ -155,7 +165,7 @@ class Video:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TilePlan:
     """How the outer stages run.
 
     Attributes:
@@ -184,12 +194,12 @@ class Plan:
         )
 
 
-def plan(stages: OuterStages, video: Video, memory: int | None, what: str, longest: int) -> Plan:
+def plan_tiles(stages: OuterStages, work: Workload, memory: int | None, what: str, longest: int) -> TilePlan:
     """The fewest tiles, and the longest chunks in time where the stages allow chunks, that fit.
 
     Args:
         stages: what runs.
-        video: on what.
+        work: on what.
         memory: bytes that may be used; None is no limit but that of `MAX_ELEMENTS`.
         what: "decode" or "encode", for the error.
         longest: the chunk to try first, in latents.
@@ -202,64 +212,64 @@ def plan(stages: OuterStages, video: Video, memory: int | None, what: str, longe
         lengths.append(-(-lengths[-1] // 2))
     whole = ((length, (1, 1)) for length in lengths)
     least: int | None = None
-    for length, grid in chain(whole, ((lengths[-1], grid) for grid in _grids(stages, video))):
-        found = foresee(stages, video, length, grid)
+    for length, grid in chain(whole, ((lengths[-1], grid) for grid in _grids(stages, work))):
+        found = foresee(stages, work, length, grid)
         if found.elements <= MAX_ELEMENTS:
             if memory is None or found.nbytes <= memory:
                 return found
             least = found.nbytes if least is None else min(found.nbytes, least)
-    size = f"{video.width * stages.cell}x{video.height * stages.cell} pixels"
-    if video.latents is not None:
-        size += f" and {video.latents} latents"
+    size = f"{work.width * stages.cell}x{work.height * stages.cell} pixels"
+    if work.latents is not None:
+        size += f" and {work.latents} latents"
     if least is None:
         raise UserError(
-            f"to {what} {video.batch} video(s) of {size} takes tensors of more than {MAX_ELEMENTS} elements; "
+            f"to {what} {work.batch} video(s) of {size} takes tensors of more than {MAX_ELEMENTS} elements; "
             f"{what} fewer at once, or shorter or smaller ones"
         )
     raise UserError(
-        f"memory is {memory} bytes, but to {what} {video.batch} video(s) of {size} takes at least {least}, "
+        f"memory is {memory} bytes, but to {what} {work.batch} video(s) of {size} takes at least {least}, "
         "in the smallest tiles; give that much, or a smaller video"
     )
 
 
-def _grids(stages: OuterStages, video: Video) -> Iterator[tuple[int, int]]:
+def _grids(stages: OuterStages, work: Workload) -> Iterator[tuple[int, int]]:
     """Rows and columns of tiles, few first, and of as few those with less halo."""
 
     def counts(cells: int) -> list[int]:
         return sorted({-(-cells // side) for side in range(1, cells + 1)})
 
     def computed(grid: tuple[int, int]) -> int:
-        return (video.height + 2 * stages.halo * (grid[0] - 1)) * (video.width + 2 * stages.halo * (grid[1] - 1))
+        return (work.height + 2 * stages.halo * (grid[0] - 1)) * (work.width + 2 * stages.halo * (grid[1] - 1))
 
-    grids = [(rows, columns) for rows in counts(video.height) for columns in counts(video.width)]
+    grids = [(rows, columns) for rows in counts(work.height) for columns in counts(work.width)]
     yield from sorted(grids, key=lambda grid: (grid[0] * grid[1], computed(grid)))
 
 
-def foresee(stages: OuterStages, video: Video, length: int, grid: tuple[int, int]) -> Plan:
+def foresee(stages: OuterStages, work: Workload, length: int, grid: tuple[int, int]) -> TilePlan:
     """What it takes to run `length` latents at a time on a `grid` of rows and columns of tiles."""
-    begun = video.latents is None or length < video.latents
-    frame = video.batch * video.height * video.width
-    tile = _side(video.height, grid[0], stages.halo) * _side(video.width, grid[1], stages.halo)
-    outer = [video.batch * n for n in stages.elements(length, begun, tile)]
+    begun = work.latents is None or length < work.latents
+    frame = work.batch * work.height * work.width
+    tile = _side(work.height, grid[0], stages.halo) * _side(work.width, grid[1], stages.halo)
+    outer = [work.batch * n for n in stages.elements(length, begun, tile)]
     # A stream keeps the state of every tile and nothing whole; a clip goes tile by tile, all of its time in each.
-    tiles = grid[0] * grid[1] if video.latents is None else 1
-    inner = stages.widths[-1] * frame * (length if video.latents is None else video.latents)
+    tiles = grid[0] * grid[1] if work.latents is None else 1
+    inner = stages.widths[-1] * frame * (length if work.latents is None else work.latents)
     wide = 8 * stages.widths[-1] * frame
     inside = wide * _with_neighbours(min(max(INSIDE // wide, 1), length), begun)
     kept = 0
     if begun:
         for s, (width, convolutions) in enumerate(zip(stages.widths, stages.convolutions, strict=False)):
-            places = video.batch * tiles * tile * (stages.cell >> s) ** 2
+            places = work.batch * tiles * tile * (stages.cell >> s) ** 2
             kept += convolutions * stages.kept_frames * width * places
-    tensors = TENSORS if video.element_size > 2 else TENSORS_IN_HALF
+    tensors = TENSORS if work.element_size > 2 else TENSORS_IN_HALF
     at_once = tensors * max(max(outer, default=0), inner + inside)
-    return Plan(
-        height=video.height,
-        width=video.width,
+    return TilePlan(
+        height=work.height,
+        width=work.width,
         grid=grid,
         latents=length,
-        nbytes=video.element_size * (at_once * MARGIN // 100 + inner + kept + video.result),
-        elements=max([*outer, inner, inside, video.result]),
+        nbytes=work.element_size * (at_once * MARGIN // 100 + inner + kept + work.result),
+        elements=max([*outer, inner, inside, work.result]),
     )
 
 

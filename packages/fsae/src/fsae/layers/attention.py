@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fsae.layers.conv import VideoConv3d
+from fsae.layers.config import BlockStyle, Injection
+from fsae.layers.conv import POINT, Kernel, VideoConv3d
 from fsae.layers.norm import PixelNorm
 from fsae.tiling import Window, frames_at_once
+
+# The starting value of the query and key biases of the first-frame attention.
+LOCAL_BIAS = 4.0
+
+# Base of its rotary wavelengths, which run from 2π to 2π·THETA cells.
+THETA = 100.0
 
 
 class LiteMLA(nn.Module):
@@ -29,14 +37,14 @@ class LiteMLA(nn.Module):
         super().__init__()
         wide = 3 * channels
         self.head_dim = head_dim
-        self.qkv = VideoConv3d(channels, wide, 1, time_kernel=1, bias=False)
+        self.qkv = VideoConv3d(channels, wide, POINT)
         self.aggregate = nn.ModuleList(
             [
-                VideoConv3d(wide, wide, 5, time_kernel=1, groups=wide, bias=False),
-                VideoConv3d(wide, wide, 1, time_kernel=1, groups=3 * channels // head_dim, bias=False),
+                VideoConv3d(wide, wide, Kernel(5, taps=1, groups=wide, bias=False)),
+                VideoConv3d(wide, wide, replace(POINT, groups=wide // head_dim)),
             ]
         )
-        self.proj = VideoConv3d(2 * channels, channels, 1, time_kernel=1, bias=False)
+        self.proj = VideoConv3d(2 * channels, channels, POINT)
         self.norm = PixelNorm(channels, eps, norm_affine)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,43 +99,38 @@ class FirstFrameAttention(nn.Module):
 
     Args:
         channels: channels of the stage, C.
-        context_channels: channels of the first frame's features.
-        head_dim: channels a head; a multiple of 4.
-        window: side of the aligned windows, in cells of this stage.
-        reach: the offset, in cells, that a feature of 1 stands for; 0 builds no offsets.
-        local_bias: the starting value of the query and key biases.
-        theta: base of the rotary wavelengths, which run from 2π to 2π·theta cells.
+        stage: its number, which says how large its cells are and how many channels the first frame's features have.
+        injection: sizes of the attention.
+        style: of the norms.
+
+    Attributes:
+        reach: the offset, in cells, that a feature of 1 stands for; without it there are no offsets.
     """
 
     def __init__(
         self,
         channels: int,
-        context_channels: int,
-        *,
-        head_dim: int = 64,
-        window: int = 128,
-        reach: float = 0.0,
-        local_bias: float = 4.0,
-        theta: float = 100.0,
-        eps: float = 1e-5,
-        norm_affine: bool = True,
+        stage: int,
+        injection: Injection,
+        style: BlockStyle = BlockStyle(),  # noqa: B008, frozen
     ) -> None:
         super().__init__()
+        head_dim, context_channels = injection.head_dim, injection.widths[stage]
         if head_dim % 4 or channels % head_dim:
             raise ValueError(f"head_dim is {head_dim}; it must be a multiple of 4 that divides {channels} channels")
-        self.head_dim, self.window, self.reach, self.theta = head_dim, window, reach, theta
-        self.norm_query = PixelNorm(channels, eps, norm_affine)
-        self.norm_context = PixelNorm(context_channels, eps, norm_affine)
+        self.head_dim, self.window, self.reach = head_dim, injection.window, injection.reach / 2**stage
+        self.norm_query = PixelNorm(channels, style.eps, style.norm_affine)
+        self.norm_context = PixelNorm(context_channels, style.eps, style.norm_affine)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(context_channels, channels)
         self.to_v = nn.Linear(context_channels, channels)
         self.to_out = nn.Linear(channels, channels)
         for near in (self.to_q, self.to_k):
             nn.init.normal_(near.weight, std=0.1 * near.in_features**-0.5)
-            nn.init.constant_(near.bias, local_bias)
+            nn.init.constant_(near.bias, LOCAL_BIAS)
         nn.init.zeros_(self.to_out.weight)
         nn.init.zeros_(self.to_out.bias)
-        self.to_offset = nn.Linear(channels, 2 * (channels // head_dim)) if reach > 0 else None
+        self.to_offset = nn.Linear(channels, 2 * (channels // head_dim)) if injection.reach > 0 else None
         if self.to_offset is not None:
             nn.init.zeros_(self.to_offset.weight)
             nn.init.zeros_(self.to_offset.bias)
@@ -138,7 +141,7 @@ class FirstFrameAttention(nn.Module):
         cells: rows and columns `... N heads 2`, fp32, of any shape that broadcasts.
         """
         quarter = self.head_dim // 4
-        rates = self.theta ** (-torch.arange(quarter, device=x.device, dtype=torch.float32) / quarter)
+        rates = THETA ** (-torch.arange(quarter, device=x.device, dtype=torch.float32) / quarter)
         angles = (cells[..., None] * rates).flatten(-2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -11,28 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fsae.layers.attention import LiteMLA
-from fsae.layers.conv import TimeKind, VideoConv3d
+from fsae.layers.config import BlockStyle
+from fsae.layers.conv import POINT, Kernel, VideoConv3d
 from fsae.layers.norm import PixelNorm
-from fsae.layers.shortcuts import ShortcutKind
 from fsae.streaming import FrameCache
 from fsae.tiling import frames_at_once
-
-
-@dataclass(frozen=True)
-class BlockStyle:
-    """What the blocks of a stage share: how time is padded, how channels are normalised, what steps add.
-
-    `time` and `group` are those of `VideoConv3d`; `noise` is the weight of the noise of the Standard decoder;
-    `shortcut` is that of `Downsample` and `Upsample`.
-    """
-
-    time: TimeKind = "causal"
-    group: int = 1
-    head_dim: int = 32
-    eps: float = 1e-5
-    norm_affine: bool = True
-    noise: float = 0.0
-    shortcut: ShortcutKind = "dc-ae"
 
 
 class ResBlock(nn.Module):
@@ -46,7 +28,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.noise = style.noise
         self.conv1 = VideoConv3d(channels, channels, time=style.time, group=style.group)
-        self.conv2 = VideoConv3d(channels, channels, time=style.time, group=style.group, bias=False)
+        self.conv2 = VideoConv3d(channels, channels, Kernel(bias=False), time=style.time, group=style.group)
         self.norm = PixelNorm(channels, style.eps, style.norm_affine)
 
     def forward(self, x: Tensor, noise_map: Tensor | None = None, cache: FrameCache | None = None) -> Tensor:
@@ -68,9 +50,9 @@ class GLUMBConv(nn.Module):
     def __init__(self, channels: int, style: BlockStyle) -> None:
         super().__init__()
         wide = 8 * channels
-        self.inverted = VideoConv3d(channels, wide, 1, time_kernel=1)
-        self.depth = VideoConv3d(wide, wide, time=style.time, group=style.group, groups=wide)
-        self.point = VideoConv3d(wide // 2, channels, 1, time_kernel=1, bias=False)
+        self.inverted = VideoConv3d(channels, wide, Kernel(1, taps=1))
+        self.depth = VideoConv3d(wide, wide, Kernel(groups=wide), time=style.time, group=style.group)
+        self.point = VideoConv3d(wide // 2, channels, POINT)
         self.norm = PixelNorm(channels, style.eps, style.norm_affine)
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:

@@ -120,7 +120,7 @@ def fold(conv: VideoConv3d, x: Tensor, before: Tensor | None, double_time: bool,
         # The four copies of a cell as four sets of channels: one pass over the source.
         tall = early(phase.kernel, 3), late(phase.kernel, 3)
         kernel = torch.cat([side(rows, 4) for rows in tall for side in (early, late)])
-        parts = conv3d(phase.source, kernel, bias, (phase.stride, 1, 1), (0, 1, 1))
+        parts = conv3d(phase.source, kernel, bias, (phase.stride, 1, 1))
         if out is None:
             out = parts.new_empty(batch, channels, frames, 2 * height, 2 * width)
         for place, part in enumerate(parts.split(channels, dim=1)):

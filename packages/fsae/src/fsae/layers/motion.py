@@ -4,7 +4,8 @@ The paper's injection (§2.2.3) looks for moved content by attention alone, at t
 rate. A small model cannot afford to find motion that way, and the two stages at higher rates have to invent all motion
 between latents. Here the decoder reads a velocity off its own features, one vector a cell and latent, adds velocities
 up to displacements from frame 0, linearly inside a latent's frames, and blends in the first frame's features from
-there, at every convolutional stage. An option of ours, off in the paper's presets.
+there, at every convolutional stage. Nothing here is normed: how fast a thing is, and how bright, are sizes. An option
+of ours, off in the paper's presets.
 
 Displacements are in pixels of the video, row before column, and fp32.
 """
@@ -17,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fsae.layers.norm import PixelNorm
 from fsae.streaming import FrameCache
 from fsae.tiling import Window
 
@@ -38,21 +38,18 @@ class MotionField(nn.Module):
         channels: of the features.
         frames: n, frames that a latent stands for.
         cell: pixels a cell of the features is wide and high.
-        eps: of the norm.
-        norm_affine: whether the norm has a weight and a bias.
     """
 
-    def __init__(self, channels: int, frames: int, cell: int, eps: float, norm_affine: bool) -> None:
+    def __init__(self, channels: int, frames: int, cell: int) -> None:
         super().__init__()
         self.frames, self.cell = frames, cell
-        self.norm = PixelNorm(channels, eps, norm_affine)
         self.to_velocity = nn.Linear(channels, 2)
         nn.init.zeros_(self.to_velocity.weight)
         nn.init.zeros_(self.to_velocity.bias)
 
     def velocity(self, x: Tensor) -> Tensor:
         """`B C t h w` -> `B 2 t h w`, pixels from each latent's last frame back to the last of the latent before."""
-        made = self.to_velocity(self.norm(x).movedim(1, -1)).movedim(-1, 1)
+        made = self.to_velocity(x.movedim(1, -1)).movedim(-1, 1)
         return VELOCITY_UNIT * made.to(torch.promote_types(made.dtype, torch.float32))
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
@@ -93,8 +90,7 @@ class FirstFrameSampling(nn.Module):
         x + a inside σ(W_g [x; v]) (v - x),      v = W_v f(place + displacement).
 
     Inside frame 0 the gate, one a channel, chooses between what was there and what the latents say; a cell further than
-    one outside takes nothing. The strengths a start at zero, which makes the layer the identity. Nothing is normed: a
-    feature's size is a picture's brightness.
+    one outside takes nothing. The strengths a start at zero, which makes the layer the identity.
 
     Args:
         channels: of the stage.

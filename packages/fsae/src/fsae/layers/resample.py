@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fsae.layers.conv import TimeKind, VideoConv3d
+from fsae.layers.config import BlockStyle
+from fsae.layers.conv import Kernel, VideoConv3d
 from fsae.layers.folding import can_fold, fold, kept_frames
 from fsae.layers.shortcuts import Shortcut, ShortcutKind
 from fsae.streaming import FrameCache
@@ -35,7 +36,7 @@ class Downsample(nn.Module):
             raise ValueError(f"{out_channels} channels do not divide 4 x {in_channels}; the shortcut needs it")
         self.halve_time = halve_time
         self.in_space = Shortcut(shortcut, in_channels, out_channels)
-        self.conv = VideoConv3d(in_channels, out_channels, stride=2, time_stride=2 if halve_time else 1)
+        self.conv = VideoConv3d(in_channels, out_channels, Kernel(stride=2, time_stride=2 if halve_time else 1))
 
     def shortcut(self, x: Tensor, begun: bool = False) -> Tensor:
         """Pairs of frames averaged, then the shortcut in space.
@@ -60,22 +61,13 @@ class Upsample(nn.Module):
             work. None folds where it pays: outside of training, on frames of some size.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        double_time: bool,
-        time: TimeKind,
-        group: int = 1,
-        shortcut: ShortcutKind = "dc-ae",
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, style: BlockStyle, *, double_time: bool) -> None:
         super().__init__()
         if 4 * out_channels % in_channels:
             raise ValueError(f"{in_channels} channels do not divide 4 x {out_channels}; the shortcut needs it")
         self.double_time = double_time
-        self.in_space = Shortcut(shortcut, in_channels, out_channels)
-        self.conv = VideoConv3d(in_channels, out_channels, time=time, group=group)
+        self.in_space = Shortcut(style.shortcut, in_channels, out_channels)
+        self.conv = VideoConv3d(in_channels, out_channels, time=style.time, group=style.group)
         self.folded: bool | None = None
 
     def _double_frames(self, x: Tensor, begun: bool) -> Tensor:
