@@ -162,7 +162,7 @@ def test_killed_at_30_of_50_steps(
     # The control goes on without the opponents' moments, which the comparison must notice.
     with pytest.raises(InterruptedError):
         run(tmp_path / "control", interrupt=_stop)
-    monkeypatch.setattr("fsae.training.loop.Trained.load_moments", lambda self, moments: None)
+    monkeypatch.setattr("fsae.training.loop.Replicated.load_moments", lambda self, moments: None)
     run(tmp_path / "control")
     assert {"net", "critic", "ema"} <= {
         name.removesuffix(".safetensors") for name in differences(everything(tmp_path / "control", 1), uninterrupted)

@@ -313,7 +313,7 @@ def test_each_setting_reaches_what_it_is_for(changes: dict[str, Any], moved: str
 def test_rates_follow_the_schedule_and_the_opponents_have_their_own_kind(tmp_path: Path) -> None:
     task = Reconstruct(replace(MUON, kind="adamw"))
     result = train(task, Clips(), config(tmp_path, max_steps=1))
-    rates = [(group["lr"], group["peak_lr"]) for group in result.trained.optimizer.param_groups]
+    rates = [(group["lr"], group["peak_lr"]) for group in result.engine.optimizer.param_groups]
     assert rates == [(0.005, 0.01), (0.005, 0.01), (0.01, 0.02)]  # the first of two steps of the warm-up
     moments = load_tensors(checkpoints(tmp_path)[-1] / "opponent-optimizer.safetensors")
     assert {name.split("/")[0] for name in moments} == {"step", "exp_avg", "exp_avg_sq"}
@@ -360,7 +360,7 @@ def test_an_autoencoder_learns_by_it_on_one_process_under_any_sharding(tmp_path:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     settings = config(tmp_path, max_steps=2, batch_size=1, sharding=sharding)
     result = train(AutoencoderTask(model), Images(1, 64), settings)
-    held = result.trained.optimizer.state
+    held = result.engine.optimizer.state
     assert sum("momentum_buffer" in state for state in held.values()) == len(matrices([model]))
     stages = {name: p for name, p in model.named_parameters() if name.endswith("conv1.weight")}
     assert stages and all(not torch.equal(p, before[name]) for name, p in stages.items())

@@ -25,6 +25,7 @@ from fsae.storage.files import read_json
 from fsae.training.checkpointing import checkpoints, load_tensors
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.engines import fsdp2 as sharding
+from fsae.training.engines.replicated import Replicated
 from fsae.training.loop import Task, TrainingResult, train
 
 
@@ -190,7 +191,7 @@ def test_two_processes_with_half_a_model_each_equal_one(tmp_path: Path, kind: st
 def test_one_process_has_nothing_to_split(tmp_path: Path, kind: str) -> None:
     task, result = adversarial(tmp_path / "a", 2, 3, sharding=kind)
     other, _ = adversarial(tmp_path / "b", 2, 3)
-    assert result.trained.templates is None
+    assert isinstance(result.engine, Replicated) and not result.engine.sharded
     assert all(torch.equal(p, q) for p, q in zip(task.net.parameters(), other.net.parameters(), strict=True))
     # Where the weights lie is no setting that decides them.
     assert read_json(checkpoints(tmp_path / "a")[-1] / "state.json")["settings"]["loop"].get("sharding") is None

@@ -22,6 +22,7 @@ from fsae.storage.files import read_json
 from fsae.training.checkpointing import checkpoints, load_tensors
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.engines import zero3
+from fsae.training.engines.protocol import ModuleSet
 from fsae.training.loop import Task, TrainingResult, train
 
 
@@ -91,7 +92,7 @@ def held(result: TrainingResult) -> dict[str, int]:
     for parameter in result.modules["net"].parameters():
         part = getattr(parameter, "ds_tensor", None)
         weights += parameter.untyped_storage().nbytes() + (0 if part is None else part.numel() * part.element_size())
-    moments = [t for state in result.trained.optimizer.state.values() for t in state.values()]
+    moments = [t for state in result.engine.optimizer.state.values() for t in state.values()]
     assert result.average is not None
     sizes = {"moments": moments, "average": result.average.shadow.values()}
     return {"weights": weights} | {name: sum(t.numel() * t.element_size() for t in ts) for name, ts in sizes.items()}
@@ -106,11 +107,11 @@ def process(folder: Path) -> None:
         facts[kind]["validated"] = task.validated
     for steps in (2, 4, 6):
         result = run(folder / "resumed", sharding="zero3", max_steps=steps)
-    moments = result.trained.moments(keep=True)
+    moments = result.engine.moments(keep=True)
     facts["refused"] = []
     for change in ({"step/net.into.weight": torch.tensor(5.0)}, {"step/net.in.weight": torch.tensor(6.0)}):
         try:
-            result.trained.load_moments(moments | change)
+            result.engine.load_moments(moments | change)
         except CheckpointError as error:
             facts["refused"].append(str(error))
     for steps, kind in ((1, "ddp"), (3, "zero3"), (4, "fsdp2"), (5, "zero3"), (6, "ddp")):
@@ -162,7 +163,7 @@ def test_two_processes(tmp_path: Path) -> None:
 def test_without_deepspeed_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"DeepSpeed is not installed; pip install 'fsae\[deepspeed\]', or set shard"):
-        zero3.Zero3(None, {}, lambda optimizer: [], OptimizerConfig(), LoopConfig("run"))  # type: ignore[arg-type]
+        zero3.Zero3(None, ModuleSet({}, lambda optimizer: [], OptimizerConfig()), LoopConfig("run"))  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

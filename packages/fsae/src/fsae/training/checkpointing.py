@@ -30,14 +30,13 @@ from torch import Tensor, nn
 from fsae.errors import CheckpointError, UserError
 from fsae.storage.checkpoint import read_state, save_state
 from fsae.storage.files import publish_folder, read_json, write_json
-from fsae.training.engines.fsdp2 import placed
 
 GO_ON_FROM_OLDER = "remove its folder to go on from an older checkpoint"
 _NAME = re.compile(r"checkpoint-(\d{8,})")
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` lives."""
+    """Where the checkpoint of `step` lives."""
     return output_dir / f"checkpoint-{step:08d}"
 
 
@@ -59,7 +58,7 @@ def remove_partial(output_dir: Path) -> None:
 
 
 def publish(temporary: Path, final: Path, keep: int) -> None:
-    """Give a finished checkpoint its name, then drop all but the newest ``keep``."""
+    """Give a finished checkpoint its name, then drop all but the newest `keep`."""
     publish_folder(temporary, final)
     for old in checkpoints(final.parent)[:-keep]:
         shutil.rmtree(old)
@@ -106,7 +105,7 @@ def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore_random_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """The inverse of ``random_state``."""
+    """The inverse of `random_state`."""
     version, gauss = values["python"]
     random.setstate((version, tuple(tensors["python"].tolist()), gauss))
     name, position, has_gauss, cached = values["numpy"]
@@ -133,12 +132,21 @@ def load_random_state(folder: Path, rank: int) -> None:
 # ---------------------------------------------------------------------------------------
 
 
-def load_modules(folder: Path, modules: Mapping[str, nn.Module]) -> None:
+Placement = Callable[[Tensor, Tensor], Tensor]
+"""`place(tensor, like)`: of a whole tensor, what belongs where `like` is; see `fsae.training.engines.fsdp2.placed`."""
+
+
+def whole(tensor: Tensor, like: Tensor) -> Tensor:
+    """The placement of modules that a process holds whole."""
+    return tensor
+
+
+def load_modules(folder: Path, modules: Mapping[str, nn.Module], place: Placement = whole) -> None:
     """Load each module strictly; a split one takes its part."""
     for name, module in modules.items():
         tensors = read_state(module, folder / f"{name}.safetensors")
         own = module.state_dict()
-        module.load_state_dict({key: placed(tensor, own[key]) for key, tensor in tensors.items()})
+        module.load_state_dict({key: place(tensor, own[key]) for key, tensor in tensors.items()})
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
@@ -151,9 +159,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parame
 
 
 def load_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[nn.Parameter, str]
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    names: Mapping[nn.Parameter, str],
+    place: Placement = whole,
 ) -> None:
-    """Restore what ``optimizer_tensors`` gave; moments take their parameter's device, layout and split."""
+    """Restore what `optimizer_tensors` gave; moments take their parameter's device, layout and split."""
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         moment, name = key.split("/", 1)
@@ -165,16 +176,16 @@ def load_optimizer(
     for parameter, name in names.items():
         if name in by_name:
             optimizer.state[parameter] = {
-                moment: _moment(tensor, parameter)
+                moment: _moment(tensor, parameter, place)
                 if tensor.shape == parameter.shape and moment != "step"
                 else tensor.clone()
                 for moment, tensor in by_name[name].items()
             }
 
 
-def _moment(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+def _moment(tensor: Tensor, parameter: nn.Parameter, place: Placement) -> Tensor:
     empty = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
-    return empty.copy_(placed(tensor, parameter))
+    return empty.copy_(place(tensor, parameter))
 
 
 # --- files
@@ -242,7 +253,7 @@ def _deciding(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def save_batch(path: Path, batches: list[Any], report: Mapping[str, Any]) -> None:
-    """Keep batches for inspection: tensors in ``path``, all else and ``report`` in a .json beside it."""
+    """Keep batches for inspection: tensors in `path`, all else and `report` in a .json beside it."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = dict(report)
 

@@ -1,6 +1,6 @@
 """FSDP2: every process holds a part of each weight, gradient and moment; blocks are gathered while they compute.
 
-By torch's own ``fully_shard`` and not by accelerate's plugin for it, which takes no CPU processes and only one
+By torch's own `fully_shard` and not by accelerate's plugin for it, which takes no CPU processes and only one
 model. What is written to disk is always whole, so nothing outside a running training knows of the parts.
 """
 
@@ -8,18 +8,96 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from fsae.training.checkpointing import load_modules, load_optimizer, optimizer_tensors
+from fsae.training.config import LoopConfig
+from fsae.training.engines.protocol import Engine, ModuleSet, OneForward, eval_mode
+
+
+class Fsdp2(Engine):
+    """Modules of which every process holds a part.
+
+    Args:
+        accelerator: The run's, with several processes.
+        trained: What to train.
+        config: The run's, for the accumulation; its precision is "no" or "bf16".
+    """
+
+    sharded = True
+
+    def __init__(self, accelerator: Accelerator, trained: ModuleSet, config: LoopConfig) -> None:
+        self.modules, self.device = trained.modules, accelerator.device
+        self.accumulation = config.gradient_accumulation_steps
+        self.templates = {name: template(module) for name, module in self.modules.items()}
+        together = OneForward(self.modules)
+        shard(together, self.device)
+        self.forward = accelerator.prepare_model(together, evaluation_mode=True)  # else it would be wrapped in DDP
+        self.names = trained.names()
+        self.optimizer = trained.make_optimizer()
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.accumulation).backward()
+
+    def clip(self, max_norm: float) -> Tensor:
+        return whole(nn.utils.clip_grad_norm_(list(self.names), max_norm or float("inf"))).float()
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        with eval_mode(self.modules):
+            try:
+                yield
+            finally:
+                release(self.forward)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return {name: parameter for parameter, name in self.names.items()}
+
+    def gathered(self, parts: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+        """Whole tensors, in the processes that `keep` them; split ones come to the CPU, one after the other."""
+        kept = {}
+        for name, tensor in parts.items():
+            complete = whole(tensor.detach())
+            if keep:
+                kept[name] = complete.cpu() if isinstance(tensor, DTensor) else complete
+        return kept
+
+    def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: placed(tensors[name], weight) for name, weight in self.weights.items()}
+
+    def state(self, name: str, keep: bool) -> dict[str, Tensor]:
+        return self.gathered(self.modules[name].state_dict(), keep)
+
+    def load_modules(self, folder: Path) -> None:
+        load_modules(folder, self.modules, placed)
+
+    def moments(self, keep: bool) -> dict[str, Tensor]:
+        return self.gathered(optimizer_tensors(self.optimizer, self.names), keep)
+
+    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+        load_optimizer(self.optimizer, moments, self.names, placed)
+
+    def export(self, name: str) -> nn.Module:
+        return assembled(self.templates[name], self.state(name, keep=True)).to(self.device).eval()
+
 
 def shard(module: nn.Module, device: torch.device) -> None:
-    """Split ``module`` over all processes and move it to ``device``; its blocks are gathered one at a time.
+    """Split `module` over all processes and move it to `device`; its blocks are gathered one at a time.
 
-    A module's own methods still work inside ``module``'s forward, but a block must be entered by its forward.
+    A module's own methods still work inside `module`'s forward, but a block must be entered by its forward.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for parameter in module.parameters():
@@ -30,7 +108,7 @@ def shard(module: nn.Module, device: torch.device) -> None:
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The submodules to gather one at a time: those a model names in ``_no_split_modules``, else its lists' members."""
+    """The submodules to gather one at a time: those a model names in `_no_split_modules`, else its lists' members."""
 
     def visit(part: nn.Module, names: frozenset[str]) -> Iterator[nn.Module]:
         names |= set(getattr(part, "_no_split_modules", None) or ())
@@ -55,30 +133,20 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole tensors, in the processes that ``keep`` them; split ones come to the CPU, one after the other."""
-    kept = {}
-    for name, tensor in tensors.items():
-        complete = whole(tensor.detach())
-        if keep:
-            kept[name] = complete.cpu() if isinstance(tensor, DTensor) else complete
-    return kept
-
-
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
-    """The same tensor, split as ``like`` is; every process has the whole and takes its part."""
+    """The same tensor, split as `like` is; every process has the whole and takes its part."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def template(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` whose parameters take no memory, to be made whole again by ``assembled``."""
+    """A copy of `module` whose parameters take no memory, to be made whole again by `assembled`."""
     empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in module.parameters()}
     return copy.deepcopy(module, empty)
 
 
 def assembled(plain: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """``plain``, a ``template`` of a split module, with that module's whole state."""
+    """`plain`, a `template` of a split module, with that module's whole state."""
     plain.load_state_dict(state, assign=True)
     return plain

@@ -24,52 +24,47 @@ from torch import Tensor, nn
 
 from fsae.errors import CheckpointError, UserError
 from fsae.storage.checkpoint import read_state
-from fsae.training.config import LoopConfig, OptimizerConfig
-from fsae.training.engines.replicated import Groups, Together, Trained
+from fsae.training.config import LoopConfig
+from fsae.training.engines.fsdp2 import assembled, template
+from fsae.training.engines.protocol import Engine, ModuleSet, OneForward, eval_mode
 
 
-class Zero3(Trained):
-    """Modules under one optimiser, split over all processes by DeepSpeed; as ``Trained`` to the loop.
+class Zero3(Engine):
+    """Modules of which every process holds a part, split by DeepSpeed.
 
     A parameter without a gradient in a step is updated with a gradient of zero, where torch leaves it alone.
 
     Args:
         accelerator: The run's, with several processes.
-        modules: What to train, by name.
-        groups: AdamW's groups of these modules' parameters.
-        optimizer: AdamW's settings; Muon's updates need whole matrices, which no process has.
+        trained: What to train, by AdamW; Muon's updates need whole matrices, which no process has.
         config: The run's, for precision and accumulation.
 
     Raises:
         UserError: DeepSpeed is not installed.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        modules: Mapping[str, nn.Module],
-        groups: Groups,
-        optimizer: OptimizerConfig,
-        config: LoopConfig,
-    ) -> None:
+    sharded = True
+
+    def __init__(self, accelerator: Accelerator, trained: ModuleSet, config: LoopConfig) -> None:
         deepspeed = _deepspeed()
-        self._micro_batches = 0
-        super().__init__(accelerator, modules, groups, optimizer, config, sharded=True)
-        together, settings = self.forward, _settings(self.forward, config)
+        self.modules, self.device = trained.modules, accelerator.device
+        self.accumulation, self._micro_batches = config.gradient_accumulation_steps, 0
+        self.templates = {name: template(module) for name, module in self.modules.items()}
+        together = _AutocastForward(self.modules, accelerator)
+        settings = _settings(together, config)
+        self.names = trained.names()
+        self.optimizer = trained.make_optimizer()
         for parameter in together.parameters():
             parameter.data = parameter.data.reshape(-1).view(parameter.shape)  # ZeRO-3 takes no channels-last strides
         # Weight by weight, so that a device never holds all of them.
         deepspeed.zero.Init(module=together, config_dict_or_path=settings, dtype=torch.float32)
         for buffer in together.buffers():
-            buffer.data = buffer.data.to(accelerator.device)
+            buffer.data = buffer.data.to(self.device)
         self.engine, *_ = deepspeed.initialize(model=together, optimizer=self.optimizer, config=settings)
         zero = self.engine.optimizer
         for vector, weights in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
             vector.data = weights.data  # fp32 both: DeepSpeed's second copy of the weights is not needed
-        self.forward = _Engine(self.engine)
-
-    def _placed(self) -> nn.Module:
-        return _Autocast(self.modules, self.accelerator)  # to be split once the optimiser knows the parameters
+        self.forward = _EngineForward(self.engine)
 
     # --- a step
     # ---------------------------------------------------------------------------------------------------
@@ -81,7 +76,7 @@ class Zero3(Trained):
         self.engine.backward(loss)
 
     def clip(self, max_norm: float) -> Tensor:
-        """The gradient's global L2 norm; ``step`` scales it down to ``max_norm``, 0 for any."""
+        """The gradient's global L2 norm; `step` scales it down to `max_norm`, 0 for any."""
         from deepspeed.utils import safe_get_local_grad
 
         self.engine.optimizer.clip_grad = max_norm
@@ -97,9 +92,9 @@ class Zero3(Trained):
         self.engine.optimizer.grad_partitions_flat_buffer.zero_()
 
     @contextmanager
-    def evaluated(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """Eval mode; what was gathered before is gathered anew, since the weights may be exchanged meanwhile."""
-        with super().evaluated():
+        with eval_mode(self.modules):
             self.engine.empty_partition_cache()
             try:
                 yield
@@ -120,11 +115,11 @@ class Zero3(Trained):
         return {name: tensor.cpu() for name, tensor in whole if keep}
 
     def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of ``gathered``."""
+        """The inverse of `gathered`."""
         return {name: _cut(tensors[name], parameter) for parameter, name in self.names.items()}
 
     def state(self, name: str, keep: bool) -> dict[str, Tensor]:
-        """Weights and buffers of the module ``name``, on the CPU."""
+        """Weights and buffers of the module `name`, on the CPU."""
         own = self.modules[name].state_dict(keep_vars=True)
         whole = ((k, _whole(_part(t), t) if isinstance(t, nn.Parameter) else t) for k, t in own.items())
         return {key: tensor.detach().cpu() for key, tensor in whole if keep}
@@ -132,7 +127,6 @@ class Zero3(Trained):
     @torch.no_grad()
     def load_modules(self, folder: Path) -> None:
         """Load each module strictly from a checkpoint; every process takes its part."""
-        assert self.templates is not None
         for name, module in self.modules.items():
             tensors = read_state(self.templates[name], folder / f"{name}.safetensors")
             for key, own in module.state_dict(keep_vars=True).items():
@@ -154,7 +148,7 @@ class Zero3(Trained):
 
     @torch.no_grad()
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        """The inverse of ``moments``.
+        """The inverse of `moments`.
 
         Raises:
             CheckpointError: it names what is not trained, or parameters of one group that saw a different number of
@@ -180,6 +174,9 @@ class Zero3(Trained):
                         "with; go on with ddp or fsdp2"
                     )
 
+    def export(self, name: str) -> nn.Module:
+        return assembled(self.templates[name], self.state(name, keep=True)).to(self.device).eval()
+
     def _places(self) -> Iterator[_Place]:
         """Where each parameter's part lies in the vectors that the optimiser updates."""
         zero = self.engine.optimizer
@@ -191,7 +188,7 @@ class Zero3(Trained):
 
 
 class _Place(NamedTuple):
-    """A parameter's part: ``vector`` from ``start`` on."""
+    """A parameter's part: `vector` from `start` on."""
 
     parameter: nn.Parameter
     vector: Tensor
@@ -209,7 +206,7 @@ def _part(parameter: Tensor) -> Tensor:
 
 
 def _whole(part: Tensor, parameter: Tensor) -> Tensor:
-    """The whole tensor of which each process has a part, as it has of ``parameter``."""
+    """The whole tensor of which each process has a part, as it has of `parameter`."""
     flat = part.new_empty(part.numel() * torch.distributed.get_world_size())
     torch.distributed.all_gather(list(flat.split(part.numel())), part.detach())
     whole: Tensor = flat[: parameter.ds_numel].view(parameter.ds_shape)  # type: ignore[attr-defined]
@@ -217,7 +214,7 @@ def _whole(part: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _cut(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of a whole tensor, cut as ``parameter`` is."""
+    """This process's part of a whole tensor, cut as `parameter` is."""
     like, rank = _part(parameter), torch.distributed.get_rank()
     mine = tensor.reshape(-1)[rank * like.numel() : (rank + 1) * like.numel()]
     part = torch.zeros_like(like)
@@ -225,7 +222,7 @@ def _cut(tensor: Tensor, parameter: Tensor) -> Tensor:
     return part
 
 
-class _Autocast(Together):
+class _AutocastForward(OneForward):
     """Modules whose forward autocasts by itself: DeepSpeed turns off any autocast around it."""
 
     def __init__(self, modules: Mapping[str, nn.Module], accelerator: Accelerator) -> None:
@@ -237,8 +234,8 @@ class _Autocast(Together):
             return super().forward(*arguments)
 
 
-class _Engine(nn.Module):
-    """DeepSpeed's engine without its ``no_sync``, which it offers but refuses when it splits gradients."""
+class _EngineForward(nn.Module):
+    """DeepSpeed's engine without its `no_sync`, which it offers but refuses when it splits gradients."""
 
     def __init__(self, engine: nn.Module) -> None:
         super().__init__()

@@ -1,0 +1,173 @@
+"""What the loop asks of an engine, and what every engine is made of.
+
+An engine holds modules that one optimiser updates, and decides how they lie on devices and processes. There are three:
+`Replicated` (each process has the whole model), `Fsdp2` and `Zero3` (each has a part of every weight, gradient and
+moment). What goes to disk and comes from it is whole, so a run may go on under another engine.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fsae.training.config import OptimizerConfig
+from fsae.training.optimizers import make_optimizer
+
+
+@dataclass(frozen=True)
+class ModuleSet:
+    """Modules that are updated together: what is trained, or what it is trained against.
+
+    Attributes:
+        modules: The modules by name.
+        parameter_groups: Makes the optimiser's groups of their parameters.
+        optimizer: The optimiser's settings.
+    """
+
+    modules: Mapping[str, nn.Module]
+    parameter_groups: Callable[[OptimizerConfig], list[dict[str, Any]]]
+    optimizer: OptimizerConfig
+
+    def names(self) -> dict[nn.Parameter, str]:
+        """ "<module>.<parameter>" of everything that is trained."""
+        return {
+            p: f"{name}.{key}" for name, m in self.modules.items() for key, p in m.named_parameters() if p.requires_grad
+        }
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser of the parameters as they are now."""
+        return make_optimizer(self.parameter_groups(self.optimizer), self.optimizer)
+
+
+class OneForward(nn.Module):
+    """Modules under one forward, so that DDP, FSDP2 and autocast see the whole loss, whatever it calls."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.trained = nn.ModuleDict(dict(modules))
+
+    def forward(self, function: Callable[..., dict[str, Tensor]], *arguments: Any) -> dict[str, Tensor]:
+        return function(*arguments)
+
+
+class Engine(Protocol):
+    """Modules that are updated together: a step of theirs, and what is kept of them.
+
+    Where tensors leave or enter, all processes call together, and only whole tensors do.
+
+    Attributes:
+        sharded: Whether each process holds but a part of the weights.
+        modules: What is trained, by name.
+        names: "<module>.<parameter>" of each trained parameter.
+        optimizer: What updates them.
+        forward: `forward(function, *arguments)` calls the function so that DDP, FSDP2, ZeRO-3 and autocast see it.
+    """
+
+    sharded: bool
+    modules: Mapping[str, nn.Module]
+    names: Mapping[nn.Parameter, str]
+    optimizer: torch.optim.Optimizer
+    forward: nn.Module
+
+    # --- the same in every engine
+    # ---------------------------------------------------------------------------------------------------
+
+    def set_rate(self, factor: float) -> float:
+        """Set the learning rates to a share of their peaks; returns the first group's."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
+
+    @contextmanager
+    def without_gradients(self) -> Iterator[None]:
+        """No parameter collects gradients while the context lasts."""
+        for parameter in self.names:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in self.names:
+                parameter.requires_grad_(True)
+
+    # --- a step
+    # ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's loss, a share of the step's."""
+
+    @abstractmethod
+    def clip(self, max_norm: float) -> Tensor:
+        """The gradient's global L2 norm; it is scaled down to `max_norm` (0 for any) before the step."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Update the weights and forget the gradient."""
+
+    @abstractmethod
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Eval mode, in which weights may be exchanged; every module then has the mode it had."""
+
+    # --- what is kept
+    # ---------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """What this process holds of each trained weight, to be averaged as it is."""
+
+    @abstractmethod
+    def gathered(self, parts: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+        """The whole tensors whose parts, split as `weights`, the processes hold; empty in those that do not `keep`."""
+
+    @abstractmethod
+    def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `gathered`, for all `weights`."""
+
+    @abstractmethod
+    def state(self, name: str, keep: bool) -> dict[str, Tensor]:
+        """Weights and buffers of the module `name`; empty in processes that do not `keep` them."""
+
+    @abstractmethod
+    def load_modules(self, folder: Path) -> None:
+        """Load each module strictly from a checkpoint."""
+
+    @abstractmethod
+    def moments(self, keep: bool) -> dict[str, Tensor]:
+        """The optimiser's state under "<moment>/<parameter>"; empty in processes that do not `keep` it."""
+
+    @abstractmethod
+    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+        """The inverse of `moments`."""
+
+    def scaler_state(self) -> dict[str, Any]:
+        """The loss scaler's state; empty without one."""
+        return {}
+
+    def load_scaler_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `scaler_state`."""
+
+    @abstractmethod
+    def export(self, name: str) -> nn.Module:
+        """The module `name`, whole and in eval mode, in every process."""
+
+
+@contextmanager
+def eval_mode(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Eval mode while the context lasts; every module then has the mode it had."""
+    training = {m: m.training for module in modules.values() for m in module.modules()}
+    for module in modules.values():
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
