@@ -48,8 +48,9 @@ from roofline import FULL, TINY, Job, Size, ceilings, forward_flops, in_turns, m
 from fsae.devices import choose_device
 from fsae.storage.files import atomic_path
 from fsdit.conditioning import Condition, Context, first_frame_condition
+from fsdit.flow.capture import CapturedDenoise
 from fsdit.flow.path import FlowSchedule
-from fsdit.flow.sampling import CapturedDenoise, GuidedVelocity, denoise
+from fsdit.flow.sampling import GuidedVelocity, denoise
 from fsdit.model import FSDiT
 
 PAPER_SECONDS = 27.4  # both transformers on one H100 (paper, page 1)

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from captions import caption
 from clips import NanoClips, Plan
 from motion import motion_from_dict
-from tasks import CameraClips, ClipTask, Lessons, SeeingTask, Weights, loosen, one_item
+from tasks import CameraClips, ClipTask, Lessons, SeeingTask, Weights, loosen, one_item, read_code
 
 from fsae import FSAE
 from fsae.data.order import DataOrder
@@ -53,11 +53,12 @@ from fsdit.flow.path import FlowSchedule
 from fsdit.model import FSDiT
 from fsdit.training.config import TransformerConfig
 from fsdit.training.data import LatentClip
-from fsdit.training.task import train_transformer
+from fsdit.training.run import train_transformer
 from fsupsampler.refiner import DynamicMask
 from fsupsampler.training.config import RefinerConfig, UpsamplerConfig, UpsamplerLoss
 from fsupsampler.training.data import LatentPair, halve
-from fsupsampler.training.task import train_refiner, train_upsampler
+from fsupsampler.training.refiner import train_refiner
+from fsupsampler.training.upsampler import train_upsampler
 from fsupsampler.upsampler import LatentUpsampler
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,6 +166,10 @@ CLIPS = [
 """Every length, several sizes and shapes; speeds are those of whole frames, so that large ones are fast."""
 
 
+CROPS = [(9, 64, 64, 1), (9, 64, 128, 1), (17, 64, 64, 1), (5, LOW, LOW, 1), (17, 64, 128, 1), (5, 64, 64, 2)]
+"""Where the decoder learns to follow: motion is told, so that small clips teach it as well as large ones."""
+
+
 def images(run: Run) -> None:
     """The autoencoder on single images: one temporal tap is trained, at a third of the cost."""
     torch.manual_seed(0)
@@ -193,9 +198,10 @@ def seeing(run: Run) -> None:
 def following(run: Run) -> None:
     """The decoder learns to follow a motion that it is told, the encoder frozen; beside `seeing`."""
     model = run.autoencoder("images")
+    read_code(model)
     loop = autoencoder_loop("following", run, OptimizerConfig(learning_rate=3e-4))
     task = ClipTask(model, Weights(told=1.0, code=0.0), run.held_out(17, LOW, 8), encoder="of pictures")
-    trained = train(task, run.worlds(80, CLIPS), loop, one_item).export("autoencoder")
+    trained = train(task, run.worlds(80, CROPS), loop, one_item).export("autoencoder")
     trained.save_pretrained(run.part("following", "autoencoder"))  # type: ignore[operator]
 
 

@@ -15,7 +15,7 @@ from fsdit import FSDiT
 from fsdit.cli import main
 from fsdit.preparation.config import CacheConfig
 from fsdit.presets import PRESETS
-from fsdit.training import task as training
+from fsdit.training import run as training
 from fsdit.training.config import TransformerConfig
 from fsdit.training.data import CachedLatents
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from fsae.errors import UserError
 from fsdit import FSDiT
 from fsdit.conditioning import Condition, Context, first_frame_condition, model_input
+from fsdit.flow.capture import CapturedDenoise
 from fsdit.flow.path import FlowSchedule
-from fsdit.flow.sampling import CapturedDenoise, GuidedVelocity, Step, denoise
+from fsdit.flow.sampling import GuidedVelocity, Step, denoise
 from fsdit.flow.solvers import UniPC
 from fsdit.layers.context import ContextCache
 

@@ -22,7 +22,8 @@ from fsdit.conditioning import ImageEncoder, TextEncoder, first_frame_condition,
 from fsdit.flow.path import FlowSchedule
 from fsdit.training.config import TransformerConfig
 from fsdit.training.data import CachedClips, encode_clips
-from fsdit.training.task import FlowMatchingTask, train_transformer
+from fsdit.training.run import train_transformer
+from fsdit.training.task import FlowMatchingTask
 
 SMALL = {
     "dim": 64,
@@ -481,7 +482,7 @@ assert not {"torch", "diffusers", "transformers"} & set(sys.modules)
 
 def test_flags_override_the_file(tmp_path, monkeypatch, capsys) -> None:
     seen = []
-    monkeypatch.setattr("fsdit.training.task.train_transformer", lambda config: seen.append(config) or [tmp_path / "x"])
+    monkeypatch.setattr("fsdit.training.run.train_transformer", lambda config: seen.append(config) or [tmp_path / "x"])
     file = tmp_path / "run.yaml"
     file.write_text(
         "data: clips\nautoencoder: ae\nflow: {shift: 7.0, std: 2.0}\nloop: {output_dir: out, max_steps: 5}\n"

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from fsae.training.checkpointing import checkpoints, load_tensors
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
-from fsdit.training import task as training
+from fsdit.training import run as training
 from fsdit.training.config import TransformerConfig
-from fsdit.training.task import FlowMatchingTask, train_transformer
+from fsdit.training.run import train_transformer
+from fsdit.training.task import FlowMatchingTask
 
 STEPS, KILLED_AT = 5, 3
 

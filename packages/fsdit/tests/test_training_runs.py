@@ -28,10 +28,11 @@ from fsdit.conditioning.encoders import pad_text
 from fsdit.flow.path import FlowSchedule
 from fsdit.preparation.cache import make_cache
 from fsdit.preparation.config import CacheConfig
-from fsdit.training import task as training
+from fsdit.training import run as training
 from fsdit.training.config import TransformerConfig
 from fsdit.training.data import CachedLatents
-from fsdit.training.task import FlowMatchingTask, train_transformer
+from fsdit.training.run import train_transformer
+from fsdit.training.task import FlowMatchingTask
 
 
 def configuration(films: Path, parts: Path, output: Path, **changes: Any) -> TransformerConfig:

@@ -40,14 +40,15 @@ assert not {"torch", "diffusers", "transformers"} & set(sys.modules)
 
 def capture(monkeypatch: pytest.MonkeyPatch, name: str, folder: Path) -> list[Any]:
     seen: list[Any] = []
-    monkeypatch.setattr(f"fsupsampler.training.task.{name}", lambda config: seen.append(config) or [folder])
+    function = f"fsupsampler.training.{name}.train_{name}"
+    monkeypatch.setattr(function, lambda config: seen.append(config) or [folder])
     return seen
 
 
 def test_upsampler_flags_override_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen = capture(monkeypatch, "train_upsampler", tmp_path / "upsampler")
+    seen = capture(monkeypatch, "upsampler", tmp_path / "upsampler")
     file = tmp_path / "run.yaml"
     file.write_text(
         "data: d\nautoencoder: ae\nloss: {latent: 0.5, pixel: 0.0}\nloop: {output_dir: out, max_steps: 5}\n"
@@ -63,7 +64,7 @@ def test_upsampler_flags_override_the_file(
 
 
 def test_refiner_flags_override_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = capture(monkeypatch, "train_refiner", tmp_path / "refiner")
+    seen = capture(monkeypatch, "refiner", tmp_path / "refiner")
     flags = [
         "--mask.low",
         "0.2",

@@ -25,10 +25,10 @@ from fsdit.flow.path import FlowSchedule
 from fsdit.training.data import CachedClips
 from fsupsampler import LatentUpsampler
 from fsupsampler.refiner import DynamicMask, deviation_latents, refiner_condition
-from fsupsampler.training import task as training
+from fsupsampler.training import refiner as training
 from fsupsampler.training.config import MaskConfig, RefinerConfig, RegularizationConfig
 from fsupsampler.training.data import CachedPairs
-from fsupsampler.training.task import RefinerTask, train_refiner
+from fsupsampler.training.refiner import RefinerTask, train_refiner
 from fsupsampler.upsampler import nearest_upsample
 
 UPSAMPLER: dict[str, Any] = {"latent_channels": 4, "mid_channels": 8, "num_blocks": 1, "norm_groups": 4}

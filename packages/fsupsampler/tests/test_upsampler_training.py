@@ -20,7 +20,7 @@ from fsdit.training.data import CachedClips
 from fsupsampler import LatentUpsampler
 from fsupsampler.training.config import UpsamplerConfig, UpsamplerLoss
 from fsupsampler.training.data import CachedPairs, encode_pair, encode_pairs, halve
-from fsupsampler.training.task import UpsamplerTask, train_upsampler
+from fsupsampler.training.upsampler import UpsamplerTask, train_upsampler
 from fsupsampler.upsampler import nearest_upsample
 
 SMALL: dict[str, Any] = {"latent_channels": 4, "mid_channels": 16, "num_blocks": 1, "norm_groups": 4}

@@ -1,7 +1,8 @@
-"""The name by which sampling was first published; it lives in `fsdit.flow.sampling`."""
+"""The name by which sampling was first published; it lives in `fsdit.flow`."""
 
 from __future__ import annotations
 
-from fsdit.flow.sampling import CapturedDenoise, denoise
+from fsdit.flow.capture import CapturedDenoise
+from fsdit.flow.sampling import denoise
 
 __all__ = ["CapturedDenoise", "denoise"]

@@ -13,6 +13,6 @@ def main(argv: list[str]) -> int:
     config = read_settings("fsdit train", description, TransformerConfig, argv)
 
     from fsae.training.runs import tell_saved
-    from fsdit.training.task import train_transformer
+    from fsdit.training.run import train_transformer
 
     return tell_saved(train_transformer(config))

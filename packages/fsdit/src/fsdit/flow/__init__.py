@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 from fsae.exports import lazy_exports
 
 if TYPE_CHECKING:
+    from fsdit.flow.capture import CapturedDenoise
     from fsdit.flow.path import FlowSchedule
-    from fsdit.flow.sampling import CapturedDenoise, denoise
+    from fsdit.flow.sampling import denoise
 
 __all__ = ["CapturedDenoise", "FlowSchedule", "denoise"]
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "CapturedDenoise": "fsdit.flow.sampling",
+        "CapturedDenoise": "fsdit.flow.capture",
         "FlowSchedule": "fsdit.flow.path",
         "denoise": "fsdit.flow.sampling",
     },

@@ -3,14 +3,13 @@
 Shapes: noise and latents ``B C t h w``. State and guidance are kept in float32, and the model is told the unrounded
 timestep 1000·sigma, as in training. What cross-attention makes of prompt and image is the same in every step and is
 made once. Between the first step and the last the host waits for nothing, so that a GPU is never idle and the whole
-run can be one CUDA graph (`CapturedDenoise`).
+run can be one CUDA graph (`fsdit.flow.capture`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -140,63 +139,3 @@ def denoise(
             if callback(Step(index, steps, sigma, latents, clean)):
                 return clean
     return latents
-
-
-class CapturedDenoise:
-    """`denoise` as one CUDA graph: all steps of all blocks are launched at once and the host has nothing to do.
-
-    The graph holds for the shapes, the steps and the weights' places that it was made with; weights may change in
-    place. It keeps its own working memory, about what one forward takes and the keys and values of every block.
-
-    Args:
-        model: on a GPU, in eval mode, compiled or not.
-        noise: as `denoise` takes it; so are ``condition`` and ``context``. Their values are examples.
-        condition: likewise.
-        context: likewise.
-        options: of `denoise`; a callback cannot be one of them.
-
-    Raises:
-        UserError: no GPU, or a callback.
-    """
-
-    def __init__(self, model: nn.Module, noise: Tensor, condition: Condition, context: Context, **options: Any) -> None:
-        if not noise.is_cuda:
-            raise UserError(f"a CUDA graph needs tensors on an NVIDIA GPU, these are on {noise.device}; call denoise")
-        if options.get("callback") is not None:
-            raise UserError("a CUDA graph runs without the host, so there is no callback; call denoise to have one")
-        self._inputs = noise.clone(), _map(condition, Tensor.clone), _map(context, Tensor.clone)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what runs a first time allocates, compiles and fills tables: not in the graph
-            denoise(model, *self._inputs, **{**options, "steps": 2})
-        torch.cuda.current_stream().wait_stream(side)
-        # The graph reads these tables where they are, also when no other call has needed them for long.
-        self._tables = model.rotary(noise) if isinstance(model, FSDiT) else None
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._latents = denoise(model, *self._inputs, **options)
-
-    def __call__(self, noise: Tensor, condition: Condition, context: Context) -> Tensor:
-        """As `denoise`, ``B C t h w`` float32.
-
-        Raises:
-            ValueError: shapes other than those of the examples.
-        """
-        for given, kept in zip(_tensors(noise, condition, context), _tensors(*self._inputs), strict=True):
-            if given.shape != kept.shape:
-                raise ValueError(f"captured for {tuple(kept.shape)}, {tuple(given.shape)} given")
-            kept.copy_(given, non_blocking=True)
-        self._graph.replay()
-        return self._latents.clone()
-
-
-def _map(group: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A Condition or Context of changed tensors."""
-    values = {field.name: getattr(group, field.name) for field in fields(group)}
-    return replace(group, **{name: function(value) for name, value in values.items() if value is not None})
-
-
-def _tensors(noise: Tensor, condition: Condition, context: Context) -> list[Tensor]:
-    groups = (condition, context)
-    found = [getattr(group, field.name) for group in groups for field in fields(group)]
-    return [noise, *(tensor for tensor in found if tensor is not None)]

@@ -16,13 +16,13 @@ import json
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -45,6 +45,12 @@ def tell_missing_captions(entries: Sequence[Entry]) -> None:
         clips, have = "clip" if number == 1 else "clips", "has" if missing == 1 else "have"
         some, none = f"{missing} of {number} {clips} {have} no caption", f"none of {number} {clips} has a caption"
         print(f"{some if missing < number else none}; 'fsdit caption' writes captions", file=sys.stderr)
+
+
+def to_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with its tensors where the model's weights are."""
+    device = next(model.parameters()).device
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 class LatentClip(TypedDict):

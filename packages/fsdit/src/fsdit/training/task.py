@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fsae import FSAE
-from fsae.data.config import SIDE, STRIDE
-from fsae.data.video import to_frames, write_video
 from fsae.errors import UserError
-from fsae.storage.files import atomic_path, check_folder, write_json
 from fsae.training.config import OptimizerConfig
 from fsae.training.logs import frame_grid
-from fsae.training.loop import Task, TrainingResult, train
-from fsae.training.runs import finished, is_main_process, read_samples, save_parts
-from fsae.transcoding.fingerprints import encoder_fingerprint
-from fsdit.conditioning.encoders import ImageEncoder, TextEncoder, pad_text
-from fsdit.conditioning.folders import load_encoders
+from fsae.training.loop import Task
+from fsae.training.runs import is_main_process
+from fsdit.conditioning.encoders import ImageEncoder, TextEncoder
 from fsdit.conditioning.inputs import Context, model_input, training_condition, training_context
 from fsdit.flow.path import TIMESTEPS, interpolate, pseudo_huber, velocity
 from fsdit.flow.sampling import denoise
 from fsdit.model import FSDiT
-from fsdit.training.config import FlowMatchingConfig, TransformerConfig
-from fsdit.training.data import CachedLatents, tell_missing_captions
+from fsdit.training.config import FlowMatchingConfig
+from fsdit.training.samples import write_samples_if_possible
 
 
 class FlowMatchingTask(Task):
@@ -170,7 +162,7 @@ class FlowMatchingTask(Task):
             results["samples"] = frame_grid([truth, video])
             folder = Path(self.config.loop.output_dir, "samples", f"step-{step:08d}")
             if is_main_process():
-                _write_or_tell(folder, video, list(batch["caption"]), self.config.validation_fps)
+                write_samples_if_possible(folder, video, list(batch["caption"]), self.config.validation_fps)
         return results
 
     def _sample(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -214,163 +206,6 @@ class FlowMatchingTask(Task):
             group["params"] = [p for p in group["params"] if id(p) not in apart]
         rate = self.config.router_rate * optimizer.learning_rate
         return [*groups, {"params": routers, "weight_decay": 0.0, "lr": rate}]
-
-
-def train_transformer(config: TransformerConfig, dataset: Any = None, validation: Any = None) -> list[Path]:
-    """Train an FSDiT and save it in ``output_dir/transformer``, with the encoders beside it if they were trained.
-
-    What does not fit is refused before the transformer is built.
-
-    Args:
-        config: The training.
-        dataset: Samples to train on (`fsdit.training.data`); those that ``config`` describes if None.
-        validation: Likewise the held-out samples.
-
-    Returns:
-        The saved folders; none if a signal stopped the run, which then can be resumed.
-    """
-    loop = config.loop
-    check_folder(loop.output_dir)
-    outline = _outline(config)
-    autoencoder = _autoencoder(config)
-    clips = _read_clips(config, outline, autoencoder, dataset, validation)
-    torch.manual_seed(loop.seed)
-    text_encoder, image_encoder = _encoders(config, outline, clips)
-    check_widths(outline, text_encoder, image_encoder, autoencoder)
-    transformer = FSDiT.from_preset_or_folder(config.model, **config.model_options)
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    task = FlowMatchingTask(
-        transformer, text_encoder, image_encoder, config, autoencoder, clips.batch, clips.empty_text
-    )
-    result = train(task, clips.samples, loop, clips.collate)
-    if not finished(result, loop.max_steps, clips.samples, clips.held_out):
-        return []
-    return _save(result, text_encoder)
-
-
-def write_samples(folder: Path, videos: Tensor, captions: Sequence[str], fps: float) -> None:
-    """Write clips ``B 3 T H W`` in [-1, 1] as NUMBER.mp4, single frames as NUMBER.png, and captions.json of them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    suffix = "mp4" if videos.shape[2] > 1 else "png"
-    names = [f"{number:02}.{suffix}" for number in range(len(videos))]
-    for name, video in zip(names, videos, strict=True):
-        frames = to_frames(video).numpy()
-        if suffix == "mp4":
-            write_video(folder / name, frames, fps)
-            continue
-        with atomic_path(folder / name) as temporary:
-            Image.fromarray(frames[0]).save(temporary)
-    write_json(folder / "captions.json", dict(zip(names, captions, strict=True)))
-
-
-def _write_or_tell(folder: Path, videos: Tensor, captions: Sequence[str], fps: float) -> None:
-    """A disk that has no room for samples ends no training."""
-    try:
-        write_samples(folder, videos, captions, fps)
-    except (OSError, UserError) as error:
-        tqdm.write(f"samples could not be written ({error}); training goes on", sys.stderr)
-
-
-# --- what a run is made of
-
-
-@dataclass(frozen=True)
-class _Clips:
-    """What to train on, what is held out, and of that the batch to validate on, None if the run never does.
-
-    With an embedding of the empty prompt, ``L D``, samples hold embeddings, and no encoder is needed.
-    """
-
-    samples: Any
-    held_out: Any
-    batch: Mapping[str, Any] | None
-    collate: Callable[[list[Any]], Any] | None = None
-    empty_text: Tensor | None = None
-
-
-def _read_clips(
-    config: TransformerConfig, outline: FSDiT, autoencoder: FSAE | None, dataset: Any, validation: Any
-) -> _Clips:
-    """The clips that ``config`` describes, or those given."""
-    if dataset is None and config.cache:
-        dataset = CachedLatents(config.cache)
-    if isinstance(dataset, CachedLatents):
-        return _read_cache(config, outline, autoencoder, dataset, validation)
-    if dataset is None:
-        _check_clips(config, autoencoder)
-    clips = _Clips(*read_samples(config, dataset, validation, config.clips))
-    if dataset is None and is_main_process():
-        tell_missing_captions(clips.samples.entries)
-    return clips
-
-
-def _check_clips(config: TransformerConfig, autoencoder: FSAE | None) -> None:
-    """Whether clips can come from files, and the autoencoder can take them."""
-    if not config.data:
-        raise UserError("neither data nor cache is given; give a folder or list of clips, or caches of such")
-    if autoencoder is None:
-        raise UserError("autoencoder is not given, but the clips of data are encoded as they come; give its folder")
-    sizes = [(bucket.frames, *size) for bucket in config.buckets for size in bucket.sizes()]
-    for frames, height, width in [(config.frames, config.height, config.width), *sizes]:
-        autoencoder.latent_shape(frames, height, width)
-
-
-def _read_cache(
-    config: TransformerConfig, outline: FSDiT, autoencoder: FSAE | None, cache: CachedLatents, held_out: Any
-) -> _Clips:
-    """What a cache holds, after a look whether it belongs to the model and the autoencoder."""
-    if held_out is None:
-        held_out = CachedLatents(config.validation_data) if config.validation_data else cache
-    encoder = None if autoencoder is None else encoder_fingerprint(autoencoder)
-    for part in (cache, held_out):
-        part.check_fits(outline.config)
-        if encoder is not None:
-            part.check_autoencoder(encoder)
-    empty = pad_text([cache.empty_text], cache.text_len)[0]
-    batch = _first_of_size(config, held_out) if config.loop.validate_every else None
-    return _Clips(cache, held_out, batch, cache.collate, empty)
-
-
-def _first_of_size(config: TransformerConfig, cache: CachedLatents) -> dict[str, Any]:
-    """A batch of the first cached clips of the length and size that are to be validated on."""
-    wanted = 1 + config.frames // STRIDE, config.height // SIDE, config.width // SIDE
-    indices = [index for index, shape in enumerate(cache.shapes) if shape[1:] == wanted]
-    if not indices:
-        there = sorted({f"{1 + STRIDE * (t - 1)} of {SIDE * w}x{SIDE * h}" for _, t, h, w in cache.shapes})
-        raise UserError(
-            f"no clip of the cache has {config.frames} frames of {config.width}x{config.height} pixels to validate on; "
-            f"set frames, height and width to what it has ({', '.join(there)}), or loop.validate_every to 0"
-        )
-    return cache.collate([cache[index] for index in indices[: config.validation_samples]])
-
-
-def _outline(config: TransformerConfig) -> FSDiT:
-    """The transformer without its weights."""
-    if config.model_options and config.model not in FSDiT.presets:
-        names = ", ".join(config.model_options)
-        raise UserError(f"model_options {names} cannot change the saved model {config.model}; they are for presets")
-    return FSDiT.outline(config.model, **config.model_options)
-
-
-def _encoders(
-    config: TransformerConfig, outline: FSDiT, clips: _Clips
-) -> tuple[TextEncoder | None, ImageEncoder | None]:
-    """The encoders, if samples do not hold what they give."""
-    return (None, None) if clips.empty_text is not None else load_encoders(config.encoders, outline.config.text_len)
-
-
-def _autoencoder(config: TransformerConfig) -> FSAE | None:
-    return FSAE.from_pretrained(config.autoencoder).requires_grad_(False) if config.autoencoder else None
-
-
-def _save(result: TrainingResult, text_encoder: TextEncoder | None) -> list[Path]:
-    """Write the trained modules (averaged, if there is an average) as folders in diffusers' layout."""
-    parts: dict[str, Any] = {name: result.export(name) for name in result.modules}
-    if "text_encoder" in parts:
-        assert text_encoder is not None
-        parts["tokenizer"] = text_encoder.tokenizer
-    return save_parts(result, parts)
 
 
 def check_widths(

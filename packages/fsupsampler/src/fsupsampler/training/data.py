@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fsae import FSAE
+from fsae.errors import UserError
 from fsdit.training.data import CachedClips, encode_clips
 
 
@@ -38,6 +39,15 @@ def halve(video: Tensor) -> Tensor:
 def encode_pair(autoencoder: FSAE, video: Tensor) -> tuple[Tensor, Tensor]:
     """Video `B 3 T H W` -> latents of its half-size copy, `B C t h w`, and its own, `B C t 2h 2w`."""
     return autoencoder.encode(halve(video)).float(), autoencoder.encode(video).float()
+
+
+def latent_pair(batch: Any, autoencoder: FSAE | None) -> tuple[Tensor, Tensor]:
+    """(low, high) latents of a batch, encoded now if it holds only videos."""
+    if "low" in batch:
+        return batch["low"], batch["high"]
+    if autoencoder is None:
+        raise UserError("the batch holds videos and no latents; give the autoencoder that encodes them")
+    return encode_pair(autoencoder, batch["video"])
 
 
 class CachedPairs(Dataset[LatentPair]):

@@ -1,0 +1,30 @@
+"""The frozen autoencoder of both trainings, and whether it suits what it is given with."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fsae import FSAE
+from fsae.errors import UserError
+from fsupsampler.training.config import RefinerConfig, UpsamplerConfig
+from fsupsampler.upsampler import LatentUpsampler
+
+
+def load_autoencoder(config: UpsamplerConfig | RefinerConfig) -> FSAE:
+    """The frozen autoencoder, after a look whether clips of this size and of half of it suit it."""
+    autoencoder = FSAE.from_pretrained(config.autoencoder).requires_grad_(False)
+    step = 2 * autoencoder.spatial_compression
+    if config.height % step or config.width % step:
+        raise UserError(
+            f"clips of {config.width}x{config.height} pixels given; width and height must be multiples of "
+            f"{step}, so that half of them still suits the autoencoder"
+        )
+    autoencoder.latent_shape(config.frames, config.height, config.width)
+    return autoencoder
+
+
+def check_statistics(upsampler: LatentUpsampler, autoencoder: FSAE) -> None:
+    """UserError unless the upsampler un-normalises latents as the autoencoder normalises them."""
+    for name in ("latent_channels", "latents_mean", "latents_std"):
+        if not np.array_equal(upsampler.config[name], autoencoder.config[name]):
+            raise UserError(f"the upsampler's {name} is not the autoencoder's; give parts that belong together")

@@ -1,0 +1,149 @@
+"""Training of the refiner, all that it is conditioned by frozen (paper §2.4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from fsae import FSAE
+from fsae.training.loop import train
+from fsae.training.runs import finished, is_main_process, read_samples, save_parts
+from fsdit.conditioning.encoders import ImageEncoder, TextEncoder
+from fsdit.conditioning.folders import load_encoders
+from fsdit.conditioning.inputs import Condition, first_frame_condition, nothing_known
+from fsdit.model import FSDiT
+from fsdit.training.data import tell_missing_captions
+from fsdit.training.task import FlowMatchingTask
+from fsupsampler.refiner import DynamicMask, RunningMask, deviation_latents, refiner_condition
+from fsupsampler.regularization import regularize
+from fsupsampler.training.autoencoder import check_statistics, load_autoencoder
+from fsupsampler.training.config import RefinerConfig
+from fsupsampler.training.data import latent_pair
+from fsupsampler.upsampler import LatentUpsampler
+
+
+class RefinerTask(FlowMatchingTask):
+    """Flow matching at the high resolution, on the condition that the upsampled draft makes.
+
+    A clip of one frame has none: it is learned from its caption alone.
+
+    Batches hold ``low`` ``B C t h w``, ``high`` ``B C t 2h 2w`` and ``image`` ``B 3 S S``, or ``video`` ``B 3
+    T H W``; and ``caption``, B strings.
+
+    Args:
+        refiner: Trained, and with it the percentiles of the dynamic mask.
+        text_encoder: The base model's, only read.
+        image_encoder: Likewise.
+        upsampler: Frozen.
+        config: Loss, noise levels, mask, regularisation, validation sampling.
+        autoencoder: Frozen; needed for batches of videos, and to show validation samples as images.
+        base: The base model, frozen; drafts are then made of its one-step estimates (`deviation_latents`).
+        validation: A batch to validate on.
+    """
+
+    config: RefinerConfig
+
+    def __init__(
+        self,
+        refiner: FSDiT,
+        text_encoder: TextEncoder,
+        image_encoder: ImageEncoder,
+        upsampler: LatentUpsampler,
+        config: RefinerConfig,
+        autoencoder: FSAE | None = None,
+        base: FSDiT | None = None,
+        validation: Mapping[str, Any] | None = None,
+    ) -> None:
+        if autoencoder is not None:
+            check_statistics(upsampler, autoencoder)
+        super().__init__(refiner, text_encoder, image_encoder, config, autoencoder, validation)
+        mask = config.mask
+        self.mask = RunningMask(
+            DynamicMask(mask.low, mask.high, scalar=mask.scalar, inverted=mask.inverted), mask.decay
+        )
+        self.upsampler, self.base = upsampler, base
+        self.modules = {**self.modules, "mask": self.mask}
+        frozen: dict[str, nn.Module] = (
+            {"upsampler": upsampler} if base is None else {"upsampler": upsampler, "base": base}
+        )
+        self.frozen = {**self.frozen, **frozen}
+        self.settings = {
+            **self.settings,
+            "upsampler": upsampler.public_config,
+            "mask": asdict(mask),
+            "regularization": asdict(config.regularization),
+            "base": "none" if base is None else {**base.public_config, "flow": asdict(config.base_flow)},
+        }
+        self._condition: Condition | None = None
+
+    def _flow_matching(self, batch: Any, generator: Generator, dropout: float) -> dict[str, Tensor]:
+        """Flow matching of the high-resolution latents, after their condition is made of the whole batch."""
+        low, high = latent_pair(batch, self.autoencoder)
+        self._condition = self.draft_condition(batch, low, high, generator)
+        return super()._flow_matching({**batch, "latents": high}, generator, dropout)
+
+    def draft_condition(self, batch: Any, low: Tensor, high: Tensor, generator: Generator) -> Condition:
+        """The refiner's condition, regularised while it trains; none for a single frame, which would be the target."""
+        training, mask_channels = self.transformer.training, self.transformer.config.mask_channels
+        if high.shape[2] == 1:
+            return nothing_known(high, mask_channels)
+        with torch.no_grad():
+            if self.base is not None and training:
+                low = self._deviate(self.base, batch, low, generator)
+            draft = self.upsampler(low).to(high)
+        condition = refiner_condition(high[:, :, :1], draft, self.mask, mask_channels)
+        return regularize(condition, high, self.config.regularization, generator) if training else condition
+
+    def _deviate(self, base: FSDiT, batch: Any, low: Tensor, generator: Generator) -> Tensor:
+        noise = torch.randn(low.shape, generator=generator).to(low)
+        sigma = self.config.base_flow.sample(len(low), generator).to(low)
+        known = first_frame_condition(low[:, :, :1], low.shape[2], base.config.mask_channels)
+        return deviation_latents(base, low, noise, sigma, known, self.context(batch, list(batch["caption"])))
+
+    def condition(self, latents: Tensor) -> Condition:
+        """The condition of the batch at hand."""
+        assert self._condition is not None
+        return self._condition
+
+    def latents(self, batch: Any) -> Tensor:
+        """The batch's high-resolution latents."""
+        return batch["high"] if "high" in batch else super().latents(batch)
+
+    def frames(self, batch: Any) -> int:
+        """t, the latent frames of the batch's clips."""
+        return int(batch["high"].shape[2]) if "high" in batch else super().frames(batch)
+
+
+def train_refiner(config: RefinerConfig, dataset: Any = None, validation: Any = None) -> list[Path]:
+    """Train a refiner and save it in ``output_dir/refiner``, its mask in ``output_dir/dynamic_mask``.
+
+    Args:
+        config: The training.
+        dataset: Samples to train on (`fsupsampler.training.data`); the ``VideoFolder`` that ``config`` describes if
+            None.
+        validation: Likewise the held-out samples.
+
+    Returns:
+        The saved folders; none if a signal stopped the run, which then can be resumed.
+    """
+    torch.manual_seed(config.loop.seed)
+    autoencoder = load_autoencoder(config)
+    refiner = FSDiT.from_preset_or_folder(config.model)
+    if config.gradient_checkpointing:
+        refiner.enable_gradient_checkpointing()
+    text_encoder, image_encoder = load_encoders(config.encoders, refiner.config.text_len)
+    upsampler = LatentUpsampler.from_pretrained(config.upsampler).requires_grad_(False)
+    base = None if config.base is None else FSDiT.from_pretrained(config.base).requires_grad_(False)
+    clips, held_out, batch = read_samples(config, dataset, validation)
+    if dataset is None and is_main_process():
+        tell_missing_captions(clips.entries)
+    task = RefinerTask(refiner, text_encoder, image_encoder, upsampler, config, autoencoder, base, batch)
+    result = train(task, clips, config.loop)
+    if not finished(result, config.loop.max_steps, clips, held_out):
+        return []
+    return save_parts(result, {"refiner": result.export("transformer"), "dynamic_mask": task.mask.frozen()})
