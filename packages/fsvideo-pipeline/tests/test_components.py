@@ -152,7 +152,8 @@ def test_missing_and_broken_configurations_are_named(file: str, copy: Path) -> N
             FSVideoPipeline.from_pretrained(copy)
 
 
-def test_a_missing_component_is_named(copy: Path) -> None:
+def test_a_missing_component_is_named_before_any_is_read(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fsvideo_pipeline.pipeline.load_component", lambda *given: pytest.fail(f"{given[0]} was read"))
     shutil.rmtree(copy / "upsampler")
     with pytest.raises(CheckpointError, match="there is no .*upsampler"):
         FSVideoPipeline.from_pretrained(copy)

@@ -18,11 +18,12 @@ import pytest
 from PIL import Image
 
 from fsae.data.video import probe, read_video, write_video
-from fsvideo_pipeline import generate
-from fsvideo_pipeline.cli import main
-from fsvideo_pipeline.options import GenerateOptions
+from fsvideo_pipeline.cli import generate, main
+from fsvideo_pipeline.cli.options import GenerateOptions
+from fsvideo_pipeline.cli.progress import STAGE_NAMES
 from fsvideo_pipeline.output import describe, load_sample, save_video
 from fsvideo_pipeline.pipeline import FSVideoPipeline
+from fsvideo_pipeline.request import Job
 
 PROMPT = "the camera pans left"
 
@@ -71,7 +72,7 @@ def test_the_whole_process(saved: Path, photo_file: Path, tmp_path: Path, pipeli
     assert result == f"{tmp_path / 'out.mp4'}: 5 frames of 128x96 at 8 fps, seed 11"
     for stage in ("load", "encode", "base", "upsample", "refine", "decode", "write"):
         assert f"{stage} " in timings
-    for bar in generate.STAGE_NAMES.values():
+    for bar in STAGE_NAMES.values():
         assert f"{bar}: 100%" in done.stderr
     assert "Traceback" not in done.stderr
     assert names(tmp_path) == {"photo.png", "out.mp4", "out.latents.safetensors"}
@@ -105,8 +106,8 @@ def test_the_same_seed_writes_the_same_bytes(command: Callable[..., int], tmp_pa
 def test_without_a_seed_one_is_drawn_and_printed(
     photo_file: Path, tmp_path: Path, saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = GenerateOptions(model=str(saved))
-    seeds = {generate.check(str(photo_file), PROMPT, tmp_path / "out.mp4", options).seed for _ in range(4)}
+    options = GenerateOptions(str(photo_file), PROMPT, str(tmp_path / "out.mp4"))
+    seeds = {generate.make_job(options, saved).seed for _ in range(4)}
     assert len(seeds) == 4
 
 
@@ -172,11 +173,12 @@ def test_no_metadata_leaves_it_out(command: Callable[..., int], tmp_path: Path) 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (("--seed", "5"), {"generator": 5}),
-        (("--size", "64x32"), {"size": (64, 32)}),
+        (("--seed", "5"), {"seed": 5}),
+        (("--size", "64x32"), {"size": "64x32"}),
         (("--frames", "9"), {"frames": 9}),
         (("--steps", "7"), {"steps": 7}),
         (("--guidance", "1.5"), {"guidance": 1.5}),
+        (("--fps", "12"), {"fps": 12}),
     ],
 )
 def test_every_flag_reaches_the_pipeline(
@@ -186,16 +188,17 @@ def test_every_flag_reaches_the_pipeline(
     pipeline: FSVideoPipeline,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seen: dict[str, Any] = {}
+    seen: list[Job] = []
 
-    def sample(*arguments: Any, **options: Any) -> None:
-        seen.update(options)
+    def sample(job: Job, *others: object) -> None:
+        seen.append(job)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "sample", sample, raising=False)
     assert command(*flags) == 130
-    defaults = {"generator": 1, "size": (128, 96), "frames": 5, "steps": 2, "guidance": 3.0}
-    assert {name: seen[name] for name in defaults} == {**defaults, **expected}
+    defaults = {"seed": 1, "size": "128x96", "frames": 5, "steps": 2, "guidance": 3.0, "fps": 8}
+    facts = seen[0].facts()
+    assert {name: facts[name] for name in defaults} == {**defaults, **expected}
 
 
 def test_fps_and_keep_latents_reach_the_files(
@@ -214,6 +217,7 @@ def test_fps_and_keep_latents_reach_the_files(
 def test_the_latents_outlive_a_failure_after_sampling(
     failing: str,
     command: Callable[..., int],
+    pipeline: FSVideoPipeline,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -221,11 +225,11 @@ def test_the_latents_outlive_a_failure_after_sampling(
     def fail(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, failing, fail)
+    monkeypatch.setattr(pipeline if failing == "decode" else generate, failing, fail, raising=False)
     assert command() == 130
     assert names(tmp_path) == {"photo.png", "out.latents.safetensors"}
     assert "the latents are saved in" in capsys.readouterr().err
-    assert load_sample(tmp_path / "out.latents.safetensors").plan.frames == 5
+    assert load_sample(tmp_path / "out.latents.safetensors").geometry.frames == 5
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from fsae.data.video import to_frames, to_video_tensor
 from fsae.errors import UserError
@@ -19,7 +20,7 @@ from fsdit.flow.sampling import denoise
 from fsupsampler.refiner import refiner_condition
 from fsvideo_pipeline.output import load_sample, save_sample
 from fsvideo_pipeline.pipeline import FSVideoPipeline, Progress
-from fsvideo_pipeline.plan import plan_video
+from fsvideo_pipeline.request import VideoRequest
 
 PROMPT = "the camera pans left"
 
@@ -36,8 +37,8 @@ def reference(pipeline: FSVideoPipeline, photo: np.ndarray) -> torch.Tensor:
 def test_shapes_and_defaults_come_from_the_settings(pipeline: FSVideoPipeline, photo: np.ndarray) -> None:
     seen: list[Progress] = []
     video = pipeline(photo, PROMPT, generator=3, callback=seen.append)
-    plan = video.sample.plan
-    assert (plan.width, plan.height, plan.canvas_width, plan.canvas_height) == (128, 96, 128, 128)
+    geometry = video.sample.geometry
+    assert (geometry.size, geometry.canvas, geometry.latents) == ((128, 96), (128, 128), (2, 2, 2))
     assert video.frames is not None
     assert video.frames.dtype == np.uint8
     assert video.frames.shape == (5, 96, 128, 3)
@@ -173,7 +174,24 @@ def test_a_saved_sample_decodes_to_the_same_frames(
     video = pipeline(photo, PROMPT, size=(100, 60), generator=9)
     save_sample(tmp_path / "a.latents.safetensors", video.sample)
     loaded = load_sample(tmp_path / "a.latents.safetensors")
+    assert loaded.geometry == video.sample.geometry
     np.testing.assert_array_equal(pipeline.decode(loaded).frames, video.frames)
+
+
+def test_the_saved_samples_of_earlier_versions_load(
+    pipeline: FSVideoPipeline, photo: np.ndarray, tmp_path: Path
+) -> None:
+    """The file's form is fixed: latents are kept for long."""
+    video = pipeline(photo, PROMPT, size=(100, 60), generator=9)
+    sample = video.sample
+    tensors = {
+        "latents": sample.latents,
+        "canvas": torch.from_numpy(sample.canvas.copy()),
+        "noise_state": sample.noise_state,
+    }
+    path = tmp_path / "old.latents.safetensors"
+    save_file(tensors, path, metadata={"format": "pt", "plan": '{"width": 100, "height": 60, "frames": 5}'})
+    np.testing.assert_array_equal(pipeline.decode(load_sample(path)).frames, video.frames)
 
 
 def test_a_foreign_file_is_no_saved_sample(saved: Path, tmp_path: Path) -> None:
@@ -204,6 +222,7 @@ def test_a_long_prompt_is_cut_and_that_is_said(
         ({"guidance": 0.5}, "guidance 0.5 given"),
         ({"frames": 0}, "0 frames given"),
         ({"size": (8, 8)}, "size 8x8 given"),
+        ({"generator": -1}, "seed -1 given"),
         ({"output": "pil"}, "output 'pil' given"),
         ({"image": np.zeros((4, 4), np.uint8)}, "an image of uint8 .4, 4. given"),
         ({"image": np.zeros((4, 4, 3), np.float32)}, "an image of float32"),
@@ -229,5 +248,10 @@ def test_the_weights_dtype_runs_from_end_to_end(dtype: torch.dtype, saved: Path,
     assert len(np.unique(video.frames)) > 50
 
 
-def test_the_plan_is_made_for_the_autoencoder(pipeline: FSVideoPipeline) -> None:
-    assert pipeline.plan((160, 120)) == plan_video((160, 120), 128 * 128, 5, multiple=128, group=4)
+def test_a_call_is_the_job_of_a_request(pipeline: FSVideoPipeline, photo: np.ndarray) -> None:
+    job = pipeline.job(VideoRequest(photo, PROMPT, size=(100, 60), steps=3, seed=9))
+    video, called = pipeline.run(job), pipeline(photo, PROMPT, size=(100, 60), steps=3, generator=9)
+    assert video.frames is not None
+    np.testing.assert_array_equal(video.frames, called.frames)
+    other = pipeline.run(pipeline.job(VideoRequest(photo, PROMPT, size=(100, 60), steps=3, seed=8)))
+    assert (other.frames != video.frames).any()

@@ -10,7 +10,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fsvideo_pipeline.pipeline import FSVideoPipeline
+    from fsvideo_pipeline.request import Job, VideoRequest
 
-__all__ = ["FSVideoPipeline", "__version__"]
+__all__ = ["FSVideoPipeline", "Job", "VideoRequest", "__version__"]
 
-__getattr__, __dir__ = lazy_exports(__name__, {"FSVideoPipeline": "fsvideo_pipeline.pipeline"})
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "FSVideoPipeline": "fsvideo_pipeline.pipeline",
+        "Job": "fsvideo_pipeline.request",
+        "VideoRequest": "fsvideo_pipeline.request",
+    },
+)

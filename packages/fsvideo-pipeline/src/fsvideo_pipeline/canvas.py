@@ -6,20 +6,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fsvideo_pipeline.plan import VideoPlan
+from fsvideo_pipeline.plan import VideoGeometry, VideoPlan
 
 Pixels = NDArray[np.uint8]
 
 
 def make_canvas(photo: Pixels, plan: VideoPlan) -> Pixels:
-    """Photo `H W 3` -> canvas `canvas_height canvas_width 3`.
+    """Photo `H W 3` -> canvas `H W 3`.
 
-    The part that the plan keeps is scaled to the video's size (bicubic, averaging where it shrinks) and
-    continued by reflection to the canvas.
+    The part that the plan keeps is scaled to the video's size (bicubic, averaging where it shrinks) and continued by
+    reflection to the canvas.
     """
-    scaled = Image.fromarray(photo).resize((plan.width, plan.height), Image.Resampling.BICUBIC, box=plan.crop)
-    rows = reflected(plan.height, plan.top, plan.canvas_height)
-    columns = reflected(plan.width, plan.left, plan.canvas_width)
+    geometry = plan.geometry
+    scaled = Image.fromarray(photo).resize(geometry.size, Image.Resampling.BICUBIC, box=plan.fit.crop)
+    rows = reflected(geometry.size.height, geometry.top, geometry.canvas.height)
+    columns = reflected(geometry.size.width, geometry.left, geometry.canvas.width)
     return np.asarray(scaled)[rows][:, columns]
 
 
@@ -34,6 +35,7 @@ def reflected(length: int, before: int, total: int) -> NDArray[np.int64]:
     return np.minimum(position, period - position) if length > 1 else np.zeros(total, dtype=np.int64)
 
 
-def crop_video(frames: Pixels, plan: VideoPlan) -> Pixels:
-    """Frames `T canvas_height canvas_width 3` -> `T height width 3`."""
-    return frames[:, plan.top : plan.top + plan.height, plan.left : plan.left + plan.width]
+def crop_video(frames: Pixels, geometry: VideoGeometry) -> Pixels:
+    """Frames of the canvas `T H W 3` -> of the video `T H W 3`."""
+    left, top, (width, height) = geometry.left, geometry.top, geometry.size
+    return frames[:, top : top + height, left : left + width]

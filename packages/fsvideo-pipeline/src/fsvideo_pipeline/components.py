@@ -1,9 +1,8 @@
-"""A pipeline's folder read part by part, strictly: a file that is missing, cut short or foreign is an error
-that names it.
+"""A pipeline's folder read part by part, strictly: a missing, cut short or foreign file is an error that names it.
 
 The folder is diffusers' layout: model_index.json and one subfolder a component. Our own models check themselves
-(`fsae.storage.checkpoint`), the encoders and the tokenizer are checked by `fsdit.encoders`. Classes are never imported
-because a file names them.
+(`fsae.storage.checkpoint`), the encoders and the tokenizer are checked by `fsdit.conditioning.pretrained`. Classes are
+never imported because a file names them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from transformers import CLIPVisionModel, PreTrainedModel, UMT5EncoderModel
 from fsae.errors import CheckpointError
 from fsae.model import FSAE
 from fsae.storage.files import read_json
-from fsdit.encoders import load_encoder, load_tokenizer
+from fsdit.conditioning.pretrained import load_encoder, load_tokenizer
 from fsdit.model import FSDiT
 from fsupsampler.refiner import DynamicMask
 from fsupsampler.upsampler import LatentUpsampler
@@ -35,22 +34,30 @@ ENCODERS: dict[str, type[PreTrainedModel]] = {
 NAMES = (*MODELS, *ENCODERS, "tokenizer", "mask")
 
 
-def load_component(name: str, folder: Path, index: dict[str, Any], dtype: torch.dtype, variant: str | None) -> Any:
-    """One component of the pipeline in `folder`, whose model_index.json is `index`.
+def check_component(name: str, folder: Path, index: dict[str, Any]) -> None:
+    """Check that the pipeline in `folder`, whose model_index.json is `index`, has this component.
 
     Raises:
-        CheckpointError: the index does not list it, or its files are missing, cut short or do not fit.
+        CheckpointError: the index does not list it, or it has no folder.
     """
     entry = index.get(name)
     if not (isinstance(entry, list) and len(entry) == 2):
         raise CheckpointError(f"{folder / 'model_index.json'} lists no {name}; the model is incomplete, copy it again")
     if not (folder / name).is_dir():
         raise CheckpointError(f"there is no {folder / name}; the model is incomplete, copy it again")
+
+
+def load_component(name: str, folder: Path, index: dict[str, Any], dtype: torch.dtype, variant: str | None) -> Any:
+    """One component of the pipeline in `folder`, whose model_index.json is `index`; see `check_component`.
+
+    Raises:
+        CheckpointError: its files are missing, cut short or do not fit.
+    """
     if name in MODELS:
         return MODELS[name].from_pretrained(folder, subfolder=name, torch_dtype=dtype, variant=variant)
     if name in ENCODERS:
         return load_encoder(ENCODERS[name], folder / name, dtype, variant)
-    return load_tokenizer(folder / name, str(entry[1])) if name == "tokenizer" else load_mask(folder / name)
+    return load_tokenizer(folder / name, str(index[name][1])) if name == "tokenizer" else load_mask(folder / name)
 
 
 def load_mask(folder: Path) -> DynamicMask:

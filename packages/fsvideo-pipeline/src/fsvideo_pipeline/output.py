@@ -65,7 +65,7 @@ def save_video(
 
 
 def save_sample(path: str | os.PathLike[str], sample: Sample) -> None:
-    """All that decoding needs, as one safetensors file: latents, canvas, the decoder's noise and the plan."""
+    """All that decoding needs, as one safetensors file: latents, canvas, the decoder's noise and the geometry."""
     import torch
     from safetensors.torch import save_file
 
@@ -76,7 +76,8 @@ def save_sample(path: str | os.PathLike[str], sample: Sample) -> None:
         "canvas": torch.from_numpy(np.ascontiguousarray(sample.canvas)),
         "noise_state": sample.noise_state,
     }
-    plan = {"width": sample.plan.width, "height": sample.plan.height, "frames": sample.plan.frames}
+    geometry = sample.geometry
+    plan = {"width": geometry.size.width, "height": geometry.size.height, "frames": geometry.frames}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "plan": json.dumps(plan)})
 
@@ -91,7 +92,7 @@ def load_sample(path: str | os.PathLike[str]) -> Sample:
 
     from fsae.storage.checkpoint import tensor_shapes
     from fsvideo_pipeline.pipeline import Sample
-    from fsvideo_pipeline.plan import VideoPlan
+    from fsvideo_pipeline.plan import Size, VideoGeometry
 
     names = set(tensor_shapes(path))
     with safe_open(path, framework="pt") as file:
@@ -100,10 +101,10 @@ def load_sample(path: str | os.PathLike[str]) -> Sample:
             raise CheckpointError(f"{path} is no saved sample; give a file that ends in {LATENTS_SUFFIX}")
         tensors = {name: file.get_tensor(name) for name in names}
     plan = json.loads(stored)
-    height, width = tensors["canvas"].shape[:2]
-    return Sample(
-        tensors["latents"],
-        tensors["canvas"].numpy(),
-        VideoPlan(plan["width"], plan["height"], width, height, plan["frames"], crop=(0, 0, 0, 0)),
-        tensors["noise_state"],
+    latents, canvas = tensors["latents"], tensors["canvas"].numpy()
+    height, width = canvas.shape[:2]
+    _, _, *latent_size = latents.shape
+    geometry = VideoGeometry(
+        plan["frames"], Size(plan["width"], plan["height"]), Size(width, height), tuple(latent_size)
     )
+    return Sample(latents, canvas, geometry, tensors["noise_state"])

@@ -1,15 +1,14 @@
 """FSVideoPipeline (paper §2.1): a photo and a prompt become frames.
 
-    canvas       the photo at the video's size, continued by reflection to multiples of 128 pixels
+    canvas       the photo at the video's size, continued by reflection to whole latents at half its size
     encode       canvas -> z_hr; canvas at half size -> z_lr; prompt -> text; canvas -> CLIP features
     base         noise, condition [z_lr, 0 ...] -> latents at half size                 guided, UniPC
     upsample     latents -> twice the height and width
     refine       noise, condition [z_hr, upsampled ...], dynamic mask -> latents        not guided, UniPC
     decode       latents, canvas -> frames, cropped to the video's size
 
-Pixels are uint8 `T H W 3`, latents normalised `1 C t h w`. One CPU generator makes all noise, in the order
-base, refiner,
-decoder: a seed means the same video on every device, up to rounding.
+Pixels are uint8 `T H W 3`, latents normalised `1 C t h w`. One CPU generator makes all noise, in the order base,
+refiner, decoder: a seed means the same video on every device, up to rounding.
 """
 
 from __future__ import annotations
@@ -28,28 +27,28 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from fsae.data.video import to_frames, to_video_tensor
 from fsae.errors import UserError
 from fsae.model import FSAE
-from fsdit.conditioning import Condition, Context, ImageEncoder, TextEncoder, first_frame_condition
+from fsae.shapes import Compression
+from fsdit.conditioning import Context, ImageEncoder, TextEncoder, first_frame_condition
 from fsdit.flow.path import FlowSchedule
-from fsdit.flow.sampling import Step, denoise
+from fsdit.flow.sampling import Step, StepCallback, denoise
 from fsdit.model import FSDiT
 from fsupsampler.refiner import DynamicMask, refiner_condition
 from fsupsampler.upsampler import LatentUpsampler
 from fsvideo_pipeline.canvas import crop_video, make_canvas
-from fsvideo_pipeline.components import NAMES, load_component
-from fsvideo_pipeline.plan import VideoPlan, plan_video
+from fsvideo_pipeline.components import NAMES, check_component, load_component
+from fsvideo_pipeline.plan import VideoGeometry
+from fsvideo_pipeline.request import Job, Photo, VideoRequest, resolve
 from fsvideo_pipeline.settings import Settings, read_index, read_settings
 
 logger = logging.getLogger(__name__)
 
 Stage = Literal["encode", "base", "upsample", "refine", "decode"]
-Photo = NDArray[np.uint8] | Tensor | Image.Image
 
 
 @dataclass(frozen=True)
@@ -70,15 +69,15 @@ class Sample:
 
     Attributes:
         latents: `1 C t h w`, normalised, float32, on the CPU.
-        canvas: uint8 `canvas_height canvas_width 3`, the first frame with its margins.
-        plan: sizes and number of frames.
+        canvas: uint8 `H W 3`, the first frame with its margins.
+        geometry: sizes and number of frames.
         noise_state: of the CPU generator, for the decoder's noise.
         timings: seconds of each stage so far.
     """
 
     latents: Tensor
     canvas: NDArray[np.uint8]
-    plan: VideoPlan
+    geometry: VideoGeometry
     noise_state: Tensor
     timings: dict[str, float] = field(default_factory=dict)
 
@@ -169,9 +168,11 @@ class FSVideoPipeline(DiffusionPipeline):
             if name not in NAMES:
                 raise UserError(f"from_pretrained was given {name!r}; the pipeline's components are {', '.join(NAMES)}")
         index, settings = read_index(folder), read_settings(folder)
-        for name in NAMES:
-            if name not in components:
-                components[name] = load_component(name, folder, index, torch_dtype, variant)
+        missing = [name for name in NAMES if name not in components]
+        for name in missing:  # all of them before the first is read, which may take minutes
+            check_component(name, folder, index)
+        for name in missing:
+            components[name] = load_component(name, folder, index, torch_dtype, variant)
         return cls(**components, settings=settings)
 
     @property
@@ -189,16 +190,22 @@ class FSVideoPipeline(DiffusionPipeline):
         """Nothing: what diffusers' pipelines hold here beside their components is one of them."""
         return {}
 
-    def plan(self, photo: tuple[int, int], size: tuple[int, int] | None = None, frames: int | None = None) -> VideoPlan:
-        """The video that these models make of a photo of (width, height) pixels; see `plan_video`."""
-        return plan_video(
-            photo,
-            self.settings.area,
-            self.settings.frames if frames is None else frames,
-            size,
-            multiple=2 * self.autoencoder.spatial_compression,
-            group=self.autoencoder.temporal_compression,
-        )
+    @property
+    def compression(self) -> Compression:
+        """How many pixels and frames a latent stands for."""
+        return self.autoencoder.compression
+
+    def job(self, request: VideoRequest) -> Job:
+        """Settle a request for these models, without computing anything.
+
+        Raises:
+            UserError: something in it cannot be used.
+        """
+        return resolve(request, self.settings, self.compression)
+
+    def run(self, job: Job, callback: ProgressCallback | None = None) -> VideoOutput:
+        """Make the video of a job; `sample`, then `decode`."""
+        return self.decode(self.sample(job, callback), callback)
 
     def __call__(
         self,
@@ -214,7 +221,7 @@ class FSVideoPipeline(DiffusionPipeline):
         callback: ProgressCallback | None = None,
         output: Literal["frames", "latents"] = "frames",
     ) -> VideoOutput:
-        """Make a video that starts with a photo.
+        """Make a video that starts with a photo: `job` and `run` in one call.
 
         Args:
             image: a photo, uint8 `H W 3` or an upright PIL image in RGB (`fsae.data.image.load_image`).
@@ -233,7 +240,8 @@ class FSVideoPipeline(DiffusionPipeline):
         """
         if output not in ("frames", "latents"):
             raise UserError(f'output {output!r} given; "frames" or "latents" is accepted')
-        sample = self.sample(
+        noise_source, seed = (generator, None) if isinstance(generator, torch.Generator) else (None, generator)
+        request = VideoRequest(
             image,
             prompt,
             size=size,
@@ -241,70 +249,64 @@ class FSVideoPipeline(DiffusionPipeline):
             steps=steps,
             guidance=guidance,
             refiner_steps=refiner_steps,
-            generator=generator,
-            callback=callback,
+            seed=seed,
         )
+        sample = self.sample(self.job(request), callback, noise_source)
         return self.decode(sample, callback) if output == "frames" else VideoOutput(None, sample, sample.timings)
 
     @torch.inference_mode()
     def sample(
-        self,
-        image: Photo,
-        prompt: str,
-        *,
-        size: tuple[int, int] | None = None,
-        frames: int | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        refiner_steps: int | None = None,
-        generator: torch.Generator | int | None = None,
-        callback: ProgressCallback | None = None,
+        self, job: Job, callback: ProgressCallback | None = None, generator: torch.Generator | None = None
     ) -> Sample:
-        """All of `__call__` but the decoding; arguments and errors are the same."""
-        settings = self.settings.override(steps=steps, guidance=guidance, refiner_steps=refiner_steps)
-        photo = _pixels(image)
-        if not prompt.strip():
-            raise UserError("the prompt is empty; say what happens in the video")
-        plan = self.plan((photo.shape[1], photo.shape[0]), size, frames)
-        noise_source = _generator(generator)
-        canvas = make_canvas(photo, plan)
-        self._warn_of_long(prompt)
+        """A job's latents, for `decode`.
+
+        Args:
+            job: what `job` made of a request.
+            callback: called before and after every stage and after every step; what it raises ends the work.
+            generator: a CPU generator to go on with, in place of one of the job's seed.
+
+        Raises:
+            UserError: the job was settled for another compression, or the generator is not the CPU's.
+        """
+        geometry, settings = job.plan.geometry, job.settings
+        self._check_geometry(geometry)
+        noise_source = torch.Generator().manual_seed(job.seed) if generator is None else generator
+        _check_on_cpu(noise_source)
+        canvas = make_canvas(job.photo, job.plan)
+        self._warn_of_long(job.prompt)
         clock = _Clock(callback)
 
         with clock.stage("encode"):
             high, low = self.encode_canvas(canvas)
-            context = self.encode_context(prompt, canvas, guided=settings.guidance != 1)
-        t = 1 + (plan.frames - 1) // self.autoencoder.temporal_compression
-        with clock.stage("base", settings.steps) as report:
-            condition = first_frame_condition(low, t, self.transformer.config.mask_channels)
-            base = self._denoise(
+            context = self.encode_context(job.prompt, canvas, guided=settings.guidance != 1)
+        with clock.stage("base", settings.steps) as after_step:
+            condition = first_frame_condition(low, geometry.latents[0], self.transformer.config.mask_channels)
+            base = denoise(
                 self.transformer,
+                self._noise(condition.latents.shape, noise_source),
                 condition,
                 context,
-                noise_source,
-                settings.shift,
-                settings.steps,
-                settings.guidance,
-                report,
+                schedule=FlowSchedule(settings.shift),
+                steps=settings.steps,
+                guidance=settings.guidance,
+                callback=after_step,
             )
         with clock.stage("upsample"):
             drafted = self.upsampler(base.to(self.upsampler.dtype)).float()
-        with clock.stage("refine", settings.refiner_steps) as report:
+        with clock.stage("refine", settings.refiner_steps) as after_step:
             condition = refiner_condition(high, drafted, self.mask, self.refiner.config.mask_channels)
-            unguided = replace(context, negative=None)
-            latents = self._denoise(
+            latents = denoise(
                 self.refiner,
+                self._noise(condition.latents.shape, noise_source),
                 condition,
-                unguided,
-                noise_source,
-                settings.refiner_shift,
-                settings.refiner_steps,
-                1.0,
-                report,
+                replace(context, negative=None),
+                schedule=FlowSchedule(settings.refiner_shift),
+                steps=settings.refiner_steps,
+                callback=after_step,
             )
         # The first latent is known: the refiner's copy of it can only be worse.
         latents[:, :, :1] = high
-        return Sample(latents.cpu(), canvas, plan, noise_source.get_state(), clock.timings)
+        return Sample(latents.cpu(), canvas, geometry, noise_source.get_state(), clock.timings)
 
     @torch.inference_mode()
     def decode(self, sample: Sample, callback: ProgressCallback | None = None) -> VideoOutput:
@@ -315,7 +317,7 @@ class FSVideoPipeline(DiffusionPipeline):
             generator.set_state(sample.noise_state)
             latents = sample.latents.to(self.device, self.autoencoder.dtype)
             video = self.autoencoder.decode(latents, self._video_of(sample.canvas), generator)
-            frames = crop_video(to_frames(video[0]).numpy(), sample.plan)
+            frames = crop_video(to_frames(video[0]).numpy(), sample.geometry)
         return VideoOutput(frames, sample, {**sample.timings, **clock.timings})
 
     def encode_canvas(self, canvas: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
@@ -345,34 +347,18 @@ class FSVideoPipeline(DiffusionPipeline):
                 len(tokens),
             )
 
-    def _denoise(
-        self,
-        model: FSDiT,
-        condition: Condition,
-        context: Context,
-        noise_source: torch.Generator,
-        shift: float,
-        steps: int,
-        guidance: float,
-        report: Callable[[int], None],
-    ) -> Tensor:
-        """Latents of the condition's shape, float32, from noise that `noise_source` makes on the CPU."""
+    def _check_geometry(self, geometry: VideoGeometry) -> None:
+        """Refuse a job whose canvas or latents are another model's."""
+        if geometry != VideoGeometry.of(geometry.frames, geometry.size, self.compression):
+            space, time = self.compression.space, self.compression.time
+            raise UserError(
+                f"the job was settled for another model than this one, whose latents are {space} pixels wide and "
+                f"{time} frames long; make it with this pipeline's job(request)"
+            )
 
-        def after_step(step: Step) -> None:
-            report(step.index + 1)
-
-        noise = torch.randn(condition.latents.shape, generator=noise_source).to(self.device)
-        schedule = FlowSchedule(shift)
-        return denoise(
-            model,
-            noise,
-            condition,
-            context,
-            schedule=schedule,
-            steps=steps,
-            guidance=guidance,
-            callback=after_step,
-        )
+    def _noise(self, shape: torch.Size, noise_source: torch.Generator) -> Tensor:
+        """Standard normal, float32, drawn on the CPU."""
+        return torch.randn(shape, generator=noise_source).to(self.device)
 
     def _video_of(self, canvas: NDArray[np.uint8]) -> Tensor:
         """Canvas `H W 3` -> video of one frame `1 3 1 H W` as the autoencoder takes it."""
@@ -387,8 +373,8 @@ class _Clock:
         self.timings: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, stage: Stage, total: int = 1) -> Iterator[Callable[[int], None]]:
-        """Time what is inside; it gets a function to report steps; the last is reported for it."""
+    def stage(self, stage: Stage, total: int = 1) -> Iterator[StepCallback]:
+        """Time what is inside; it gets a function to call after each step; the last is reported for it."""
         done = -1
 
         def report(step: int) -> None:
@@ -397,38 +383,20 @@ class _Clock:
                 self.callback(Progress(stage, step, total))
             done = step
 
+        def after_step(step: Step) -> None:
+            report(step.index + 1)
+
         start = time.perf_counter()
         report(0)
-        yield report
+        yield after_step
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         report(total)
         self.timings[stage] = time.perf_counter() - start
 
 
-def _pixels(image: Photo) -> NDArray[np.uint8]:
-    """Any accepted form of a photo as uint8 `H W 3`."""
-    if isinstance(image, Image.Image) and image.mode != "RGB":
+def _check_on_cpu(generator: torch.Generator) -> None:
+    if generator.device.type != "cpu":
         raise UserError(
-            f"a PIL image of mode {image.mode} given; accepted is RGB, as fsae.data.image.load_image reads any"
+            f"a generator on {generator.device} given; the noise is made on the CPU, so give a CPU generator"
         )
-    array = np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise UserError(f"an image of {array.dtype} {array.shape} given; accepted is uint8 H W 3 or a PIL image")
-    return array
-
-
-def _generator(given: torch.Generator | int | None) -> torch.Generator:
-    """The CPU generator that makes all noise."""
-    if isinstance(given, torch.Generator):
-        if given.device.type != "cpu":
-            raise UserError(
-                f"a generator on {given.device} given; the noise is made on the CPU, so give a CPU generator"
-            )
-        return given
-    generator = torch.Generator()
-    if given is None:
-        generator.seed()
-    else:
-        generator.manual_seed(given)
-    return generator

@@ -1,28 +1,99 @@
-"""What fits where: the size of the video, of the canvas it is made on, and the number of frames. Pure
-arithmetic.
+"""What fits where: the size of the video, of the canvas it is made on, of its latents, and what is taken of the photo.
+Pure arithmetic.
 
-The transformer sees latents of 64 pixels a side and its first stage works at half the resolution, so a canvas
-has sides that are multiples of 128. A video of another size lies in the middle of its canvas; the rest is
-filled by reflection and cropped away at the end: 1280x720 is made on 1280x768 with 24 rows above and below.
+The autoencoder makes latents of `compression.space` pixels a side, and the base model works at half the resolution, so
+a canvas has sides that are multiples of twice that: 128 at the paper's compression. A video of another size lies in the
+middle of its canvas; the rest is filled by reflection and cropped away at the end: 1280x720 is made on 1280x768 with 24
+rows above and below.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fsae.errors import UserError
-
-SIDE_MULTIPLE = 128
-"""Of a canvas: 64 pixels a latent, halved once for the base model."""
-
-FRAME_GROUP = 4
-"""Frames a latent stands for, after the first."""
+from fsae.shapes import Compression
 
 MIN_SIDE, MAX_SIDE = 16, 4096
 MAX_ASPECT = 4.0
 """Of a video whose size follows the photo's: a canvas of one cell by many is nothing a model has seen."""
+
+
+class Size(NamedTuple):
+    """Pixels; as text, WIDTHxHEIGHT."""
+
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+@dataclass(frozen=True)
+class VideoGeometry:
+    """The sizes of one video: all that decoding needs to know of a plan.
+
+    Attributes:
+        frames: 1 + time k.
+        size: of the video, even.
+        canvas: that the video is made on, of whole latents at half its size too.
+        latents: (t, h, w) of the canvas's latents.
+    """
+
+    frames: int
+    size: Size
+    canvas: Size
+    latents: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, frames: int, size: Size, compression: Compression) -> VideoGeometry:
+        """The smallest canvas that holds the video, and its latents."""
+        multiple = canvas_multiple(compression)
+        canvas = Size(*(multiple * math.ceil(side / multiple) for side in size))
+        return cls(frames, size, canvas, compression.latent_size(frames, canvas.height, canvas.width))
+
+    @property
+    def left(self) -> int:
+        """Columns of the canvas on the left of the video."""
+        return (self.canvas.width - self.size.width) // 2
+
+    @property
+    def top(self) -> int:
+        """Rows of the canvas above the video."""
+        return (self.canvas.height - self.size.height) // 2
+
+
+@dataclass(frozen=True)
+class PhotoFit:
+    """How the photo becomes the first frame.
+
+    Attributes:
+        photo: its size.
+        crop: left, top, right, bottom of the part that is kept, in the photo's pixels.
+        scale: pixels of the video for one of the photo, across and down; above 1 it is enlarged.
+    """
+
+    photo: Size
+    crop: tuple[float, float, float, float]
+    scale: float
+
+    @classmethod
+    def cover(cls, photo: Size, size: Size) -> PhotoFit:
+        """The largest box of `size`'s aspect ratio in the middle of the photo, scaled to `size`."""
+        shrink = min(photo.width / size.width, photo.height / size.height)
+        width, height = size.width * shrink, size.height * shrink
+        left, top = (photo.width - width) / 2, (photo.height - height) / 2
+        return cls(photo, (left, top, left + width, top + height), 1 / shrink)
+
+    @property
+    def kept(self) -> float:
+        """The share of the photo's width or of its height that is kept, whichever is less."""
+        left, top, right, bottom = self.crop
+        return min((right - left) / self.photo.width, (bottom - top) / self.photo.height)
 
 
 @dataclass(frozen=True)
@@ -30,37 +101,18 @@ class VideoPlan:
     """One video, planned.
 
     Attributes:
-        width: Of the video, in pixels, even.
-        height: Likewise.
-        canvas_width: Of the canvas, a multiple of 128.
-        canvas_height: Likewise.
-        frames: 1 + 4k.
-        crop: Left, top, right, bottom of the part of the photo that becomes the first frame, in the photo's
-            pixels.
-        notes: Sentences on everything that differs from the request.
+        geometry: its sizes.
+        fit: what is taken of the photo.
+        notes: sentences on everything that differs from the request.
     """
 
-    width: int
-    height: int
-    canvas_width: int
-    canvas_height: int
-    frames: int
-    crop: tuple[float, float, float, float]
+    geometry: VideoGeometry
+    fit: PhotoFit
     notes: tuple[str, ...] = ()
 
-    @property
-    def left(self) -> int:
-        """Columns of the canvas on the left of the video."""
-        return (self.canvas_width - self.width) // 2
 
-    @property
-    def top(self) -> int:
-        """Rows of the canvas above the video."""
-        return (self.canvas_height - self.height) // 2
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """ "WxH" -> (width, height) in pixels.
+def parse_size(text: str) -> Size:
+    """ "WxH" in pixels.
 
     Raises:
         UserError: the text has another form.
@@ -68,59 +120,41 @@ def parse_size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*", text)
     if match is None:
         raise UserError(f"size {text!r} given; accepted is WIDTHxHEIGHT in pixels, such as 256x256")
-    return int(match[1]), int(match[2])
+    return Size(int(match[1]), int(match[2]))
 
 
-def plan_video(
-    photo: tuple[int, int],
-    area: int,
-    frames: int,
-    size: tuple[int, int] | None = None,
-    multiple: int = SIDE_MULTIPLE,
-    group: int = FRAME_GROUP,
-) -> VideoPlan:
+def plan_video(photo: Size, area: int, frames: int, compression: Compression, size: Size | None = None) -> VideoPlan:
     """Plan a video of a photo.
 
     Args:
-        photo: (width, height) of the photo.
+        photo: its size.
         area: pixels a frame should have about, where no size is asked for.
-        frames: how many are asked for; the nearest 1 + group·k is taken.
-        size: (width, height) asked for; None follows the photo's aspect ratio, up to 4:1.
-        multiple: of the canvas's sides.
-        group: frames a latent stands for.
+        frames: how many are asked for; the nearest 1 + time k is taken.
+        compression: the autoencoder's.
+        size: asked for; None follows the photo's aspect ratio, up to 4:1.
 
     Raises:
         UserError: a side or the number of frames is out of range.
     """
-    notes: list[str] = []
-    if size is None:
-        width, height = default_size(photo, area, multiple)
-    else:
-        width, height = _even_size(size, notes)
-    crop = cover(photo, (width, height))
-    _note_crop(photo, crop, asked=size is not None, notes=notes)
-    if max(width / (crop[2] - crop[0]), height / (crop[3] - crop[1])) > 2:
-        notes.append(f"the photo has {photo[0]}x{photo[1]} pixels and is enlarged, so the video will look soft")
-    snapped = snap_frames(frames, group)
-    if snapped != frames:
-        notes.append(f"{frames} frames asked for; a video has 1 + {group}k frames, so it gets {snapped}")
-    canvas = (_round_up(width, multiple), _round_up(height, multiple))
-    if size is not None and canvas != (width, height):
-        notes.append(
-            f"{width}x{height} pixels are made on a canvas of {canvas[0]}x{canvas[1]}, with sides that are "
-            f"multiples of {multiple}, and cropped out of it"
-        )
-    return VideoPlan(width, height, *canvas, snapped, crop, tuple(notes))
+    made = default_size(photo, area, canvas_multiple(compression)) if size is None else _even_size(size)
+    geometry = VideoGeometry.of(snap_frames(frames, compression.time), made, compression)
+    fit = PhotoFit.cover(photo, made)
+    return VideoPlan(geometry, fit, tuple(_notes(size, frames, geometry, fit, compression)))
 
 
-def default_size(photo: tuple[int, int], area: int, multiple: int = SIDE_MULTIPLE) -> tuple[int, int]:
-    """(width, height), even, with the photo's aspect ratio (at most 4:1) and about `area` pixels.
+def canvas_multiple(compression: Compression) -> int:
+    """What a canvas's sides are multiples of: two latents, since the base model's canvas is half as wide and high."""
+    return 2 * compression.space
+
+
+def default_size(photo: Size, area: int, multiple: int) -> Size:
+    """Even, with the photo's aspect ratio (at most 4:1) and about `area` pixels.
 
     Of all canvases the one is taken on which the whole picture wastes least: with r the video's share of its
     canvas and s its size relative to `area`, the smallest |log s| - log r. A photo of 4:3 thus becomes
     340x256 on 384x256.
     """
-    aspect = min(max(photo[0] / photo[1], 1 / MAX_ASPECT), MAX_ASPECT)
+    aspect = min(max(photo.width / photo.height, 1 / MAX_ASPECT), MAX_ASPECT)
     longest = math.ceil(2 * math.sqrt(area * MAX_ASPECT) / multiple)
 
     def fit(canvas: tuple[int, int]) -> tuple[float, float]:
@@ -133,19 +167,11 @@ def default_size(photo: tuple[int, int], area: int, multiple: int = SIDE_MULTIPL
 
     sides = range(multiple, longest * multiple + 1, multiple)
     width, height = fit(min(((w, h) for w in sides for h in sides), key=waste))
-    return 2 * max(1, round(width / 2)), 2 * max(1, round(height / 2))
+    return Size(2 * max(1, round(width / 2)), 2 * max(1, round(height / 2)))
 
 
-def cover(photo: tuple[int, int], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest box of `size`'s aspect ratio in the middle of the photo: left, top, right, bottom."""
-    scale = min(photo[0] / size[0], photo[1] / size[1])
-    width, height = size[0] * scale, size[1] * scale
-    left, top = (photo[0] - width) / 2, (photo[1] - height) / 2
-    return left, top, left + width, top + height
-
-
-def snap_frames(frames: int, group: int = FRAME_GROUP) -> int:
-    """The nearest 1 + group·k, the lower one of two equally near: 18 and 19 become 17.
+def snap_frames(frames: int, group: int) -> int:
+    """The nearest 1 + group·k, the lower one of two equally near: with a group of 4, 18 and 19 become 17.
 
     Raises:
         UserError: fewer than one frame.
@@ -158,22 +184,27 @@ def snap_frames(frames: int, group: int = FRAME_GROUP) -> int:
     return below if frames - below <= group / 2 else below + group
 
 
-def _round_up(side: int, multiple: int) -> int:
-    return multiple * math.ceil(side / multiple)
-
-
-def _even_size(size: tuple[int, int], notes: list[str]) -> tuple[int, int]:
+def _even_size(size: Size) -> Size:
     if not all(MIN_SIDE <= side <= MAX_SIDE for side in size):
-        raise UserError(f"size {size[0]}x{size[1]} given; accepted are sides from {MIN_SIDE} to {MAX_SIDE} pixels")
-    width, height = (side - side % 2 for side in size)
-    if (width, height) != size:
-        notes.append(f"size {size[0]}x{size[1]} asked for; a video has even sides, so it gets {width}x{height}")
-    return width, height
+        raise UserError(f"size {size} given; accepted are sides from {MIN_SIDE} to {MAX_SIDE} pixels")
+    return Size(*(side - side % 2 for side in size))
 
 
-def _note_crop(photo: tuple[int, int], crop: tuple[float, float, float, float], asked: bool, notes: list[str]) -> None:
-    """Say what is cut off the photo, unless it is no more than the rounding of a side."""
-    kept = min((crop[2] - crop[0]) / photo[0], (crop[3] - crop[1]) / photo[1])
-    if kept < 0.98:
-        why = "to the shape asked for" if asked else f"to {MAX_ASPECT:.0f}:1, the longest shape"
-        notes.append(f"the photo of {photo[0]}x{photo[1]} pixels is cropped around its centre {why}: {kept:.1%} stays")
+def _notes(
+    size: Size | None, frames: int, geometry: VideoGeometry, fit: PhotoFit, compression: Compression
+) -> Iterator[str]:
+    """What differs from the size and frames asked for, and what the photo suffers, a sentence each."""
+    if size is not None and geometry.size != size:
+        yield f"size {size} asked for; a video has even sides, so it gets {geometry.size}"
+    if fit.kept < 0.98:  # less is cut off by the rounding of a side
+        why = f"to {MAX_ASPECT:.0f}:1, the longest shape" if size is None else "to the shape asked for"
+        yield f"the photo of {fit.photo} pixels is cropped around its centre {why}: {fit.kept:.1%} stays"
+    if fit.scale > 2:
+        yield f"the photo has {fit.photo} pixels and is enlarged, so the video will look soft"
+    if geometry.frames != frames:
+        yield f"{frames} frames asked for; a video has 1 + {compression.time}k frames, so it gets {geometry.frames}"
+    if size is not None and geometry.canvas != geometry.size:
+        yield (
+            f"{geometry.size} pixels are made on a canvas of {geometry.canvas}, with sides that are multiples of "
+            f"{canvas_multiple(compression)}, and cropped out of it"
+        )

@@ -1,7 +1,7 @@
-"""The settings that a model folder was trained for, read without torch.
+"""The settings that a model folder was trained for, and its compression, read without torch.
 
-They lie under "settings" in the folder's model_index.json, so that a plan of the video, and every mistake in
-the request, is known before any weight is read.
+The settings lie under "settings" in the folder's model_index.json, and the autoencoder's configuration tells its
+compression, so that a plan of the video, and every mistake in the request, is known before any weight is read.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fsae.errors import CheckpointError, UserError
+from fsae.shapes import Compression
 from fsae.storage.files import read_json
 
 MODEL_INDEX = "model_index.json"
@@ -110,6 +111,20 @@ def read_settings(folder: str | os.PathLike[str]) -> Settings:
     if not isinstance(values, dict):
         raise CheckpointError(f'{source} has "settings" that are no JSON object; copy it again')
     return Settings.from_dict(values, source)
+
+
+def read_compression(folder: str | os.PathLike[str]) -> Compression:
+    """That of the autoencoder in a model folder.
+
+    Raises:
+        CheckpointError: its configuration is missing or damaged, or is none of an FSAE.
+    """
+    path = Path(folder) / "autoencoder" / "config.json"
+    config = read_json(path)
+    try:
+        return Compression.of(config)
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{path} does not describe an FSAE; give another model folder") from None
 
 
 def packaged_model() -> Path:

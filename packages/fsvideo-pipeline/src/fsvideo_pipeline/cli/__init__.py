@@ -1,4 +1,4 @@
-"""The command `fsvideo`."""
+"""The command `fsvideo`, a file a command. Nothing here imports torch until a command has checked what it was asked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fsae.commandline import Command, run
 from fsvideo_pipeline import __version__
 
-COMMANDS = (Command("generate", "make a video from a photo and a prompt", "fsvideo_pipeline.generate:main"),)
+COMMANDS = (Command("generate", "make a video from a photo and a prompt", "fsvideo_pipeline.cli.generate:main"),)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

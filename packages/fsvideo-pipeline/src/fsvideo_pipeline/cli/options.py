@@ -14,6 +14,9 @@ class GenerateOptions:
     """How the video is made. What is not given, the model's own settings say.
 
     Attributes:
+        image: Photo that the video starts with.
+        prompt: What happens in the video.
+        output: Video to write.
         seed: Number that all noise is made from; the same seed makes the same video. Default: drawn, and
             printed.
         size: WIDTHxHEIGHT of the video in pixels. Default: the photo's aspect ratio at the model's own area.
@@ -27,6 +30,9 @@ class GenerateOptions:
         no_metadata: Whether to leave prompt, seed, sizes and versions out of the video file.
     """
 
+    image: str
+    prompt: str
+    output: str
     seed: int | None = None
     size: str | None = None
     frames: int | None = None
