@@ -54,6 +54,17 @@ def test_it_loads_strictly() -> None:
     assert pipeline.autoencoder.temporal_compression == 4
 
 
+def test_the_pages_program_makes_a_video(scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).resolve().parents[1] / "README.md"
+    (program,) = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    Image.open(scene).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, str(page), "exec"), {})
+    frames, fps = read_video(tmp_path / "out.mp4")
+    assert frames.shape == (9, 128, 192, 3)
+    assert fps == 16
+
+
 @pytest.mark.slow
 def test_a_photo_becomes_a_video_that_starts_with_it(scene: Path, tmp_path: Path) -> None:
     """The default command in its own process, within its promised time on two cores."""
