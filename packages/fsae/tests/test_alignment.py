@@ -125,8 +125,10 @@ def test_the_first_frame_is_kept_and_fours_are_averaged() -> None:
     video = randn(2, 3, 9, 4, 4)
     means = video.mean((3, 4))
     expected = torch.stack([means[:, :, 0], means[:, :, 1:5].mean(2), means[:, :, 5:].mean(2)], dim=2)
-    torch.testing.assert_close(teacher_features(Colours(), video), expected[..., None, None].expand(-1, -1, -1, 2, 2))
-    assert teacher_features(Colours(), video[:, :, :1]).shape == (2, 3, 1, 2, 2)
+    torch.testing.assert_close(
+        teacher_features(Colours(), video, 4), expected[..., None, None].expand(-1, -1, -1, 2, 2)
+    )
+    assert teacher_features(Colours(), video[:, :, :1], 4).shape == (2, 3, 1, 2, 2)
 
 
 def test_dinov2_gives_its_patches_of_the_normalised_picture(dinov2: Path) -> None:
@@ -142,7 +144,7 @@ def test_dinov2_gives_its_patches_of_the_normalised_picture(dinov2: Path) -> Non
     assert features.shape == (2, 16, 16, 16)
     torch.testing.assert_close(features[1, :, 3, 5], tokens[1, 3 * 16 + 5], rtol=1e-4, atol=1e-5)
     video = pictures.unsqueeze(2).expand(-1, -1, 5, -1, -1)
-    pooled = teacher_features(teacher, video.requires_grad_())
+    pooled = teacher_features(teacher, video.requires_grad_(), 4)
     assert pooled.shape == (2, 16, 2, 16, 16) and not pooled.requires_grad
     torch.testing.assert_close(pooled[:, :, 1], features, rtol=1e-4, atol=1e-5)
 

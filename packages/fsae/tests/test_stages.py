@@ -21,10 +21,11 @@ from fsae.model import FSAE
 from fsae.stages.config import (
     AdversarialConfig,
     AlignmentConfig,
+    AutoencoderConfig,
     DistillationConfig,
     PatchConfig,
 )
-from fsae.stages.objective import Adversary, Alignment, Distillation
+from fsae.stages.objective import Adversary, Alignment, Distillation, Lpips, Objective
 from fsae.stages.patches import draw_patch
 from fsae.stages.task import AutoencoderTask
 from fsae.training.config import LoopConfig, OptimizerConfig
@@ -60,6 +61,11 @@ def seeded(seed: int = 1) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def settings(**parts: Any) -> AutoencoderConfig:
+    """A training of nothing, with these parts."""
+    return AutoencoderConfig("none", LoopConfig("none"), **parts)
+
+
 class Clips(torch.utils.data.Dataset[dict[str, Any]]):
     """A few clips of noise."""
 
@@ -88,7 +94,8 @@ def test_every_term_by_its_formula(lpips_state: dict[str, Tensor]) -> None:
     perceptual = PerceptualLoss(lpips_state)
     adversary = Adversary(AdversarialConfig(weight=0.1, width=2))
     alignment = Alignment(model, TrunkTeacher(perceptual), AlignmentConfig("lpips", weight=0.5, positions=10_000))
-    task = AutoencoderTask(model, perceptual, 0.1, perceptual_slice=2, adversary=adversary, alignment=alignment)
+    objective = Objective(Lpips(perceptual, 0.1, slice_frames=2), adversary, alignment)
+    task = AutoencoderTask(settings(), model, objective)
     terms = task.loss({"video": video}, seeded())
     with torch.no_grad():
         latents = model.encoder(video)
@@ -98,7 +105,7 @@ def test_every_term_by_its_formula(lpips_state: dict[str, Tensor]) -> None:
             "perceptual": torch.stack([perceptual(made[:, :, t], video[:, :, t]) for t in range(5)]).mean(),
             "adversarial": torch.stack([F.softplus(-s).mean() for s in adversary.discriminator(made)]).mean(),
         }
-        parts = alignment.loss(latents, teacher_features(alignment.teacher, video))
+        parts = alignment.loss(latents, teacher_features(alignment.teacher, video, 4))
         expected |= {"alignment_cosine": parts.cosine, "alignment_distance": parts.distance}
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-6)
@@ -116,7 +123,7 @@ def test_the_adaptive_alignment_balances_gradients(lpips_state: dict[str, Tensor
     teacher = TrunkTeacher(PerceptualLoss(lpips_state))
     config = AlignmentConfig("lpips", cosine_margin=0.0, distance_margin=0.0, adaptive=0.3)
     alignment = Alignment(model, teacher, config)
-    terms = AutoencoderTask(model, alignment=alignment).loss({"video": video}, seeded())
+    terms = AutoencoderTask(settings(), model, Objective(alignment=alignment)).loss({"video": video}, seeded())
     weight = model.encoder.conv_out.weight
     total = terms["alignment_cosine"] + terms["alignment_distance"]
     sizes = [torch.autograd.grad(x, weight, retain_graph=True)[0].norm() for x in (terms["l1"], total)]
@@ -127,7 +134,7 @@ def test_the_adaptive_alignment_balances_gradients(lpips_state: dict[str, Tensor
 def test_the_task_takes_its_loss_in_the_core(lpips_state: dict[str, Tensor]) -> None:
     model, video = tiny(), clip(5, 128, 128)
     perceptual = PerceptualLoss(lpips_state)
-    task = AutoencoderTask(model, perceptual, 0.1, patch=PatchConfig(13))
+    task = AutoencoderTask(settings(patch=PatchConfig(13)), model, Objective(Lpips(perceptual, 0.1)))
     terms = task.loss({"video": video}, seeded())
     generator = seeded()
     whole = model(video, generator)  # draws the noise first
@@ -136,13 +143,14 @@ def test_the_task_takes_its_loss_in_the_core(lpips_state: dict[str, Tensor]) -> 
     made, target = (patch.core.scaled(8).crop(x) for x in (whole, video))
     torch.testing.assert_close(terms["l1"], (made - target).abs().mean(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(terms["perceptual"], perceptual(made, target), rtol=1e-4, atol=1e-5)
-    unpatched = AutoencoderTask(model, patch=PatchConfig(13, above=128 * 128)).loss({"video": video}, seeded())
+    whole_frames = AutoencoderTask(settings(patch=PatchConfig(13, above=128 * 128)), model)
+    unpatched = whole_frames.loss({"video": video}, seeded())
     torch.testing.assert_close(unpatched["l1"], (whole - video).abs().mean())
 
 
 def test_a_patch_without_a_core_is_refused() -> None:
     with pytest.raises(UserError, match=r"patch\.cells is 8.*more than 8"):
-        AutoencoderTask(tiny(), patch=PatchConfig(8))
+        AutoencoderTask(settings(patch=PatchConfig(8)), tiny())
 
 
 # --- the adversary
@@ -150,9 +158,9 @@ def test_a_patch_without_a_core_is_refused() -> None:
 
 def test_discriminator_and_autoencoder_each_follow_their_own_loss(tmp_path: Path) -> None:
     model = tiny(noise=0.0)
-    task = AutoencoderTask(model, adversary=Adversary(AdversarialConfig(0.1, width=2, r1_gamma=5.0, optimizer=KNOWN)))
-    assert task.adversary is not None
-    discriminator, video = task.adversary.discriminator, clip()
+    adversary = AdversarialConfig(0.1, width=2, r1_gamma=5.0, optimizer=KNOWN)
+    task = AutoencoderTask(settings(adversarial=adversary), model)
+    discriminator, video = task.opponents["discriminator"], clip()
     terms = task.loss({"video": video}, seeded())
     expected = {}
     for module, loss in ((model, terms["loss"]), (discriminator, None)):
@@ -169,8 +177,7 @@ def test_discriminator_and_autoencoder_each_follow_their_own_loss(tmp_path: Path
 
 def test_r1_is_lazy_and_the_start_is_waited_for() -> None:
     config = AdversarialConfig(weight=0.1, start=3, width=2, r1_gamma=4.0, r1_every=2)
-    task = AutoencoderTask(tiny(), adversary=Adversary(config))
-    assert task.adversary is not None
+    task = AutoencoderTask(settings(adversarial=config), tiny())
     video = clip()
     for step, present, lazy in ((2, False, False), (3, True, False), (4, True, True)):
         task.step = step
@@ -184,7 +191,7 @@ def test_r1_is_lazy_and_the_start_is_waited_for() -> None:
 
 
 def test_before_its_start_the_discriminator_does_not_change(tmp_path: Path) -> None:
-    task = AutoencoderTask(tiny(), adversary=Adversary(AdversarialConfig(weight=0.1, start=1, width=2)))
+    task = AutoencoderTask(settings(adversarial=AdversarialConfig(weight=0.1, start=1, width=2)), tiny())
     before = {k: v.clone() for k, v in task.opponents["discriminator"].state_dict().items()}
     train(task, Clips(), one_step(tmp_path / "a"))
     assert all(torch.equal(v, before[k]) for k, v in task.opponents["discriminator"].state_dict().items())
@@ -198,7 +205,7 @@ def test_before_its_start_the_discriminator_does_not_change(tmp_path: Path) -> N
 def test_a_frozen_encoder_stays_what_it_is(tmp_path: Path) -> None:
     causal = tiny(decoder_kind="causal", first_frame_injection=False)
     model = to_standard(causal)
-    task = AutoencoderTask(model, freeze_encoder=True)
+    task = AutoencoderTask(settings(freeze_encoder=True), model)
     task.loss({"video": clip()}, seeded())["loss"].backward()
     assert all(p.grad is None and not p.requires_grad for p in model.encoder.parameters())
     assert all(stage.injection.strength.grad.any() for stage in model.decoder.stages[:3])
@@ -236,9 +243,8 @@ def test_distillation_terms(cells: int) -> None:
     standard = tiny()
     lite, video = lite_of(standard), clip(5, 128, 128)
     config = DistillationConfig("standard", pixel_weight=0.7, feature_weight=0.3)
-    task = AutoencoderTask(
-        lite, distillation=Distillation(lite, standard, config), patch=PatchConfig(cells), freeze_encoder=True
-    )
+    objective = Objective(distillation=Distillation(lite, standard, config))
+    task = AutoencoderTask(settings(patch=PatchConfig(cells), freeze_encoder=True), lite, objective)
     terms = task.loss({"video": video}, seeded())
     generator, outputs = seeded(), []
     for model in (lite, standard):
@@ -276,9 +282,8 @@ def test_lite_learns_from_its_teacher_and_not_to_be_like_another(tmp_path: Path)
     lite, video = lite_of(standard), clip(1)
     torch.manual_seed(5)
     other = FSAE.from_preset("nano", **{**SIZES, **attending})
-    task = AutoencoderTask(
-        lite, distillation=Distillation(lite, standard, DistillationConfig("standard", 1.0, 1.0)), freeze_encoder=True
-    )
+    objective = Objective(distillation=Distillation(lite, standard, DistillationConfig("standard", 1.0, 1.0)))
+    task = AutoencoderTask(settings(freeze_encoder=True), lite, objective)
 
     def distances() -> list[float]:
         with torch.no_grad():

@@ -62,8 +62,9 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two latents a chunk."""
+    """Two latents a chunk, and two a segment."""
     monkeypatch.setattr(transcoding, "_CHUNK_PIXELS", 16 * 24 * 4 * 2)
+    monkeypatch.setattr(transcoding, "SEGMENT", 2)
 
 
 def left_in(folder: Path) -> list[str]:
@@ -108,10 +109,11 @@ def test_encoding_goes_on_where_it_was_stopped(
 ) -> None:
     model = tiny("lite")
     expected = encode_file(model, video, tmp_path / "whole.safetensors").latents
+    monkeypatch.setattr(transcoding, "PART_SECONDS", 0)
     with monkeypatch.context() as patch:
         patch.setattr(model, "encode_stream", StopAfter(chunks, RuntimeError("power cut"))(model.encode_stream))
         with pytest.raises(RuntimeError, match="power cut"):
-            encode_file(model, video, tmp_path / "z.safetensors", part_seconds=0)
+            encode_file(model, video, tmp_path / "z.safetensors")
     parts = sorted((tmp_path / "z.safetensors.partial").glob("part-*")) if chunks > 1 else []
     kept = sum(load_file(part)["latents"].shape[1] for part in parts)
     assert kept == (0 if chunks == 1 else 1 + 2 * (chunks - 2)) and not (tmp_path / "z.safetensors").exists()
@@ -123,7 +125,7 @@ def test_encoding_goes_on_where_it_was_stopped(
         "stream_video",
         lambda path, size, start=0, frames=None: read.append(start) or stream(path, size, start, frames),
     )
-    resumed = encode_file(model, video, tmp_path / "z.safetensors", part_seconds=0)
+    resumed = encode_file(model, video, tmp_path / "z.safetensors")
     assert torch.equal(resumed.latents, expected)
     # The stream was taken up in the middle, no farther back than the convolutions look.
     restart = max(kept - 1 - stream_reach(model.encoder), 0) // 2 * 2
@@ -162,6 +164,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     return segments
 
 
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("kind", ["lite", "causal"])
 def test_decoding_goes_on_where_it_was_stopped(
     tmp_path: Path, video: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -172,7 +175,7 @@ def test_decoding_goes_on_where_it_was_stopped(
     first = to_video_tensor(saved.first_frame[None])[None]
     out = tmp_path / "out.mp4"
     segments = recorded(monkeypatch)
-    assert decode_file(model, saved, out, first, segment=2) == 109
+    assert decode_file(model, saved, out, first) == 109
     whole = dict(segments)
     assert [len(frames) for frames in whole.values()] == [5, *[8] * 13]
     segments.clear()
@@ -180,12 +183,12 @@ def test_decoding_goes_on_where_it_was_stopped(
     with monkeypatch.context() as patch:
         patch.setattr(model, "decode_stream", StopAfter(25, RuntimeError("power cut"))(model.decode_stream))
         with pytest.raises(RuntimeError, match="power cut"):
-            decode_file(model, saved, tmp_path / "again.mp4", first, segment=2)
+            decode_file(model, saved, tmp_path / "again.mp4", first)
     partial = tmp_path / "again.mp4.partial"
     assert left_in(partial) == [f"part-{n:06}.mp4" for n in range(12)] + ["settings.json"]
     assert not (tmp_path / "again.mp4").exists()
     with pytest.raises(UserError, match="with another first frame;"):
-        decode_file(model, saved, tmp_path / "again.mp4", None, segment=2)
+        decode_file(model, saved, tmp_path / "again.mp4", None)
 
     begun: list[int] = []
     stream = model.decode_stream
@@ -195,7 +198,7 @@ def test_decoding_goes_on_where_it_was_stopped(
         return stream(latents, *rest, **named)
 
     monkeypatch.setattr(model, "decode_stream", noted)
-    assert decode_file(model, saved, tmp_path / "again.mp4", first, segment=2) == 109
+    assert decode_file(model, saved, tmp_path / "again.mp4", first) == 109
     # Taken up in the middle, no farther back than the convolutions look.
     assert begun == [28 - (24 - stream_reach(model.decoder)) // 2 * 2] and begun[0] < 28
     assert list(segments) == list(whole)
@@ -204,6 +207,7 @@ def test_decoding_goes_on_where_it_was_stopped(
     assert read_video(tmp_path / "again.mp4")[0].shape == (109, 16, 24, 3)
 
 
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("kind", ["lite", "standard"])
 def test_the_decoded_frames_are_the_models(tmp_path: Path, video: Path, kind: str) -> None:
     """In segments or at once, by way of H.264, which keeps frames within a few levels; injection and memory matter."""
@@ -213,7 +217,7 @@ def test_the_decoded_frames_are_the_models(tmp_path: Path, video: Path, kind: st
     first = to_video_tensor(saved.first_frame[None])[None]  # type: ignore[index]
     with torch.no_grad():
         expected = to_frames(model.decode(saved.latents[None], first)[0])
-    assert decode_file(model, saved, tmp_path / "out.mp4", first, memory=10**9, segment=4) == 61
+    assert decode_file(model, saved, tmp_path / "out.mp4", first, memory=10**9) == 61
     assert not (tmp_path / "out.mp4.partial").exists()
     info = probe(tmp_path / "out.mp4")
     assert (info.frames, info.height, info.width, info.fps) == (61, 16, 24, 12)
@@ -236,7 +240,7 @@ def test_a_decoder_of_whole_clips_shows_its_layers(
     monkeypatch.setattr(
         "fsae.transcoding.transcode.tqdm", lambda *given, **named: tqdm(*given, **(named | shown_at_once))
     )
-    monkeypatch.setattr("fsae.model.plan", lambda *given: foresee(*given[:2], given[4], (1, tiles)))
+    monkeypatch.setattr("fsae.planned.plan_tiles", lambda *given: foresee(*given[:2], given[4], (1, tiles)))
     model = tiny("standard")
     saved = SavedLatents(torch.randn(8, 2, 4, 4), 12.0)
     assert decode_file(model, saved, tmp_path / "out.mp4") == 5
@@ -399,7 +403,8 @@ def stalled(chunks, memory=None):
         yield latents
 
 model.encode_stream = stalled
-transcoding.encode_file(model, sys.argv[2], sys.argv[3], part_seconds=0)
+transcoding.PART_SECONDS = 0
+transcoding.encode_file(model, sys.argv[2], sys.argv[3])
 """
 
 

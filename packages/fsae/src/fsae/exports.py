@@ -9,10 +9,10 @@ from typing import Any
 
 
 def lazy_exports(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """A package's ``__getattr__`` and ``__dir__``.
+    """A package's `__getattr__` and `__dir__`.
 
     Args:
-        package: its ``__name__``.
+        package: its `__name__`.
         modules: public name -> the module that holds it.
     """
 

@@ -20,7 +20,7 @@ _BAR = (14, 180)  # the colours' scale, width and height
 
 
 def frame_grid(rows: Sequence[tuple[str, NDArray[np.uint8]]]) -> Image.Image:
-    """Rows of frames, each (label, uint8 ``N H W 3``), one under the other, the label above its row."""
+    """Rows of frames, each (label, uint8 `N H W 3`), one under the other, the label above its row."""
     widths = [frames.shape[0] * (frames.shape[2] + _GAP) - _GAP for _, frames in rows]
     heights = [frames.shape[1] + _LABEL + _GAP for _, frames in rows]
     sheet = Image.new("RGB", (max(widths), sum(heights)), "white")
@@ -55,7 +55,7 @@ def heat_map(
         values: the matrix, first row on top. What is not finite stays blank.
         title: stands above.
         rows: what the rows are, and the label of each.
-        columns: likewise.
+        columns: what the columns are, and the label of each.
         limits: the values of the palest and the darkest colour; what lies outside gets the nearer one.
     """
     (row_title, row_labels), (column_title, column_labels) = rows, columns

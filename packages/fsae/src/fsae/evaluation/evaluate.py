@@ -61,9 +61,10 @@ class EvalSettings:
 
     Attributes:
         data: Source of the clips, see `fsae.data.sources.read_source`.
-        frames: Frames of a clip, 1 + 4k; with 1, images are clips too.
-        height: Pixels that frames are scaled to cover and cropped to, a multiple of 64.
-        width: Likewise.
+        frames: Frames of a clip, one more than a multiple of the model's temporal compression; with 1, images are
+            clips too.
+        height: Rows of pixels; frames are scaled to cover the size and cropped to it.
+        width: Columns of pixels. Both are multiples of the model's spatial compression.
         stride: Take every stride-th frame of the file.
         samples: How many clips, drawn by the seed; None for one of every file.
         batch_size: Clips that are encoded and decoded together.
@@ -162,7 +163,7 @@ class Evaluation:
     """
 
     def __init__(self, model: FSAE, settings: EvalSettings) -> None:
-        model.latent_shape(settings.frames, settings.height, settings.width)
+        model.compression.check(settings.frames, settings.height, settings.width)
         self.model, self.settings = model.eval(), settings
         size = (settings.height, settings.width)
         self.data = HeldOutClips(settings.data, settings.frames, size, settings.stride, settings.seed)

@@ -1,6 +1,6 @@
-"""How true a reconstruction is. Videos are ``B C T H W`` in [-1, 1]; clamp before measuring.
+"""How close a reconstruction is to its video. Videos are `B C T H W` in [-1, 1]; clamp before measuring.
 
-Per clip ``B``: `psnr`, `ssim`, `flicker`. Per frame ``B T``, the curves: `frame_psnr`, `frame_ssim`, `frame_lpips`,
+Per clip `B`: `psnr`, `ssim`, `flicker`. Per frame `B T`, the curves: `frame_psnr`, `frame_ssim`, `frame_lpips`,
 `frame_flicker`. Of two sets of clips: `frechet_distance` of the features of `VideoFeatures`, the FVD of the paper's
 Table 2.
 """
@@ -22,22 +22,22 @@ _I3D_SIDE = 224
 
 
 def psnr(reconstruction: Tensor, video: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each sample in dB: ``B ...`` -> ``B``; infinite for equal samples."""
+    """Peak signal-to-noise ratio of each sample in dB: `B ...` -> `B`; infinite for equal samples."""
     return _decibels((reconstruction.float() - video.float()).square().flatten(1).mean(1))
 
 
 def frame_psnr(reconstruction: Tensor, video: Tensor) -> Tensor:
-    """PSNR of each frame in dB: ``B C T H W`` -> ``B T``."""
+    """PSNR of each frame in dB: `B C T H W` -> `B T`."""
     return _decibels((reconstruction.float() - video.float()).square().mean((1, 3, 4)))
 
 
 def ssim(reconstruction: Tensor, video: Tensor) -> Tensor:
-    """Structural similarity of each sample, ``B``: the mean of `frame_ssim` over its frames."""
+    """Structural similarity of each sample, `B`: the mean of `frame_ssim` over its frames."""
     return frame_ssim(reconstruction, video).mean(1)
 
 
 def frame_ssim(reconstruction: Tensor, video: Tensor) -> Tensor:
-    """Structural similarity of each frame, ``B C T H W`` -> ``B T``: the mean over channels and positions.
+    """Structural similarity of each frame, `B C T H W` -> `B T`: the mean over channels and positions.
 
     Wang et al. 2004: Gaussian window of 11 x 11 and deviation 1.5, K1 = 0.01, K2 = 0.03, population
     variances, only positions where the window lies inside the frame. Frames must be at least 11 pixels high
@@ -49,7 +49,7 @@ def frame_ssim(reconstruction: Tensor, video: Tensor) -> Tensor:
 
 
 def frame_lpips(network: PerceptualLoss, reconstruction: Tensor, video: Tensor) -> Tensor:
-    """LPIPS of each frame, ``B 3 T H W`` -> ``B T``, by a network whose weights come from files."""
+    """LPIPS of each frame, `B 3 T H W` -> `B T`, by a network whose weights come from files."""
     batch, _, frames = video.shape[:3]
     distances = [
         network(reconstruction[b : b + 1, :, t].float(), video[b : b + 1, :, t].float())
@@ -60,7 +60,7 @@ def frame_lpips(network: PerceptualLoss, reconstruction: Tensor, video: Tensor) 
 
 
 def flicker(reconstruction: Tensor, video: Tensor) -> Tensor:
-    """How much the error changes from frame to frame, ``B C T H W`` -> ``B``: the mean of `frame_flicker`.
+    """How much the error changes from frame to frame, `B C T H W` -> `B`: the mean of `frame_flicker`.
 
     An error that stays where it is, however large, does not flicker; motion of the video itself does not count. Not a
     number for a single frame.
@@ -69,7 +69,7 @@ def flicker(reconstruction: Tensor, video: Tensor) -> Tensor:
 
 
 def frame_flicker(reconstruction: Tensor, video: Tensor) -> Tensor:
-    """The temporal-difference error from each frame to the next, ``B C T H W`` -> ``B T-1``.
+    """The temporal-difference error from each frame to the next, `B C T H W` -> `B T-1`.
 
     Of the reconstruction x' and the video x,  mean |(x'_{t+1} - x'_t) - (x_{t+1} - x_t)|  over channels and positions,
     in the units of the video, whose range is 2.
@@ -79,7 +79,7 @@ def frame_flicker(reconstruction: Tensor, video: Tensor) -> Tensor:
 
 
 def frechet_distance(features: Tensor, others: Tensor) -> float:
-    """Fréchet distance of the Gaussians with the means and covariances of two sets of features, each ``N D``.
+    """Fréchet distance of the Gaussians with the means and covariances of two sets of features, each `N D`.
 
         d = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)),      S unbiased,
 
@@ -106,11 +106,11 @@ def frechet_distance(features: Tensor, others: Tensor) -> float:
 class VideoFeatures:
     """Features of clips by the I3D network of the Fréchet video distance, a TorchScript file.
 
-    The file is the one commonly passed around as ``i3d_torchscript.pt``, or any TorchScript whose ``forward(video,
-    rescale, resize, return_features)`` takes ``B 3 T 224 224`` in [-1, 1] and returns ``B D``. Frames are scaled until
+    The file is the one commonly passed around as `i3d_torchscript.pt`, or any TorchScript whose `forward(video,
+    rescale, resize, return_features)` takes `B 3 T 224 224` in [-1, 1] and returns `B D`. Frames are scaled until
     their shorter side is 224 (bilinear) and cropped around the centre.
 
-    What ``torch.jit.load`` reads is a program of TorchScript's own operators together with its weights; unlike a
+    What `torch.jit.load` reads is a program of TorchScript's own operators together with its weights; unlike a
     pickle it does not run Python while it is read, yet it is a program: give a file that you trust.
 
     Args:
@@ -135,7 +135,7 @@ class VideoFeatures:
 
     @torch.no_grad()
     def __call__(self, video: Tensor) -> Tensor:
-        """Clips ``B 3 T H W`` in [-1, 1] -> features ``B D``, in double precision on the CPU.
+        """Clips `B 3 T H W` in [-1, 1] -> features `B D`, in double precision on the CPU.
 
         Raises:
             UserError: the network refuses the clips, as I3D does where they have fewer than about ten frames, or
@@ -156,7 +156,7 @@ class VideoFeatures:
 
 
 def _i3d_frames(video: Tensor) -> Tensor:
-    """``B 3 T H W`` -> ``B 3 T 224 224``."""
+    """`B 3 T H W` -> `B 3 T 224 224`."""
     batch, frames = video.shape[0], video.shape[2]
     height, width = video.shape[3:]
     scale = _I3D_SIDE / min(height, width)
@@ -169,7 +169,7 @@ def _i3d_frames(video: Tensor) -> Tensor:
 
 
 def _image_ssim(reconstruction: Tensor, image: Tensor) -> Tensor:
-    """``B C H W`` -> ``B``."""
+    """`B C H W` -> `B`."""
     x, y = (v.float().flatten(0, 1).unsqueeze(1) for v in (reconstruction, image))
     offsets = torch.arange(-5, 6, dtype=x.dtype, device=x.device)
     window = torch.exp(-offsets.square() / (2 * 1.5**2))

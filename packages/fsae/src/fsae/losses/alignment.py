@@ -106,8 +106,8 @@ def resized(pictures: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def teacher_features(teacher: Teacher, video: Tensor, period: int = 4) -> Tensor:
-    """What a teacher says of a video `B 3 T H W`, at the latents' rate: `B C' t h' w'`, t = 1 + (T - 1) / period.
+def teacher_features(teacher: Teacher, video: Tensor, period: int) -> Tensor:
+    """A teacher's features of a video `B 3 T H W`, at the latents' rate: `B C' t h' w'`, t = 1 + (T - 1) / period.
 
     Frame 0 keeps its own features, each further latent has the mean of its `period` frames. One latent at a time, so
     that the memory does not grow with the clip.

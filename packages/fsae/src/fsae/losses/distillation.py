@@ -1,4 +1,4 @@
-"""What a decoder is told by another one (paper §2.2.3: FSAE-Lite starts as a part of FSAE-Standard).
+"""What a decoder learns from another one (paper §2.2.3: FSAE-Lite starts as a part of FSAE-Standard).
 
 Lite has the Standard decoder's kernels in narrower outer stages and another view of time, so a frozen Standard can show
 it, stage by stage, what its features should be, and in the end the pixels.

@@ -1,12 +1,11 @@
 """LPIPS, the learned perceptual distance (the paper weighs it by 0.1), from weights given as files.
 
-With f_l the activations of a classifier's layer l, scaled to unit length over channels at each position, and
-w_l the learned weights of its channels,
+With f_l the activations of a classifier's layer l, scaled to unit length over channels at each position, and w_l the
+learned weights of its channels,
 
     d(x, y) = sum_l mean_hw sum_c w_lc (f_lc(x) - f_lc(y))^2.
 
-The trunk is AlexNet's or VGG16's feature stack in torchvision's layout; neither torchvision nor a download is
-needed.
+The trunk is AlexNet's or VGG16's feature stack in torchvision's layout; neither torchvision nor a download is needed.
 
 On long clips the trunk's activations are what fills the memory. `temporal_slices` takes a few frames at a time, forward
 and back to the reconstruction (paper §2.2.1, the tactics of stage 3), and holds one slice's activations at once.
@@ -69,14 +68,12 @@ _HEAD_NAME = re.compile(r"lin(\d)\.(?:model\.)?1\.weight")
 class PerceptualLoss(nn.Module):
     """LPIPS of images or videos.
 
-    The shift-tolerant variant of LPIPS, whose trunk blurs before it subsamples, is told by the blur filters
-    among its
-    tensors: convolutions and pools then have stride 1, and a binomial 3 x 3 blur of stride 2 follows each
-        that had more.
+    The shift-tolerant variant of LPIPS, whose trunk blurs before it subsamples, is recognised by the blur filters among
+    its tensors: convolutions and pools then have stride 1, and a binomial 3 x 3 blur of stride 2 follows each that had
+    more.
 
     Args:
-        state: Trunk weights ("features.0.weight", ...) and heads ("lin0.model.1.weight", ..., each 1 C 1 1)
-            together.
+        state: trunk weights ("features.0.weight", ...) and heads ("lin0.model.1.weight", ..., each 1 C 1 1) together.
 
     Raises:
         CheckpointError: the trunk is neither AlexNet nor VGG16, or a tensor is missing or misshapen.
@@ -119,7 +116,7 @@ class PerceptualLoss(nn.Module):
         return cls(state)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Images ``B 3 H W`` in [-1, 1] -> five activations, each of unit length over its channels."""
+        """Images `B 3 H W` in [-1, 1] -> five activations, each of unit length over its channels."""
         x = (images - self.shift) / self.scale
         taps = []
         convs = iter(self.convs)
@@ -134,7 +131,7 @@ class PerceptualLoss(nn.Module):
         return taps
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
-        """Mean distance of images ``B 3 H W`` or of videos' frames ``B 3 T H W`` in [-1, 1], a scalar."""
+        """Mean distance of images `B 3 H W` or of videos' frames `B 3 T H W` in [-1, 1], a scalar."""
         if reconstruction.ndim == 5:
             reconstruction, target = (v.transpose(1, 2).flatten(0, 1) for v in (reconstruction, target))
         with torch.no_grad():

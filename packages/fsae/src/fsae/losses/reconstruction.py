@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def l1_loss(reconstruction: Tensor, video: Tensor) -> Tensor:
-    """Mean absolute difference of two videos ``B 3 T H W``, a scalar."""
+    """Mean absolute difference of two videos `B 3 T H W`, a scalar."""
     return (reconstruction - video).abs().mean()

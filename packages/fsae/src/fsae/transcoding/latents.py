@@ -24,9 +24,9 @@ class SavedLatents:
     """A clip's latents and what came with them.
 
     Attributes:
-        latents: Normalised, ``c t h w``.
+        latents: Normalised, `c t h w`.
         fps: Frames per second of the clip.
-        first_frame: Frame 0, uint8 ``H W 3``, or None.
+        first_frame: Frame 0, uint8 `H W 3`, or None.
         encoder: Fingerprint of the encoder that made them, or None.
     """
 
@@ -43,7 +43,7 @@ def save_latents(
     first_frame: Tensor | None = None,
     encoder: str | None = None,
 ) -> None:
-    """Write a clip's latents; arguments as the attributes of ``SavedLatents``.
+    """Write a clip's latents; arguments as the attributes of `SavedLatents`.
 
     Raises:
         UserError: the file cannot be written, or the disk is full.
@@ -62,7 +62,7 @@ def save_latents(
 
 
 def load_latents(path: str | os.PathLike[str]) -> SavedLatents:
-    """Read what ``save_latents`` wrote.
+    """Read what `save_latents` wrote.
 
     Raises:
         UserError: the file is missing, broken, or holds no latents.

@@ -1,9 +1,9 @@
-"""Files of any length to latents and back, in the memory of a few frames, and going on where a stopped job ended.
+"""Files of any length to latents and back, in the memory of a few frames; a stopped job goes on where it ended.
 
 What is done lies in parts beside the result (`fsae.storage.parts`). A stream of convolutions can be taken up in the
-middle without its state, because each looks back at a few frames only: it is restarted so far back that all that
-differs from the uninterrupted stream is over before the first new latent or frame (`stream_reach`), and what comes
-before is thrown away. That is exact, and cheaper than keeping the state, which is gigabytes at full size.
+middle without its state, because each convolution looks back at a few frames only. The stream is restarted at least
+`stream_reach` latents before the first new one, and what it gives before that is thrown away. The rest is exactly what
+the uninterrupted stream gives, and the state, gigabytes at full size, need not be kept.
 
 The Standard decoder looks at the whole clip at once; it has no stream, and its decoding starts anew.
 """
@@ -42,7 +42,7 @@ from fsae.transcoding.latents import SavedLatents, save_latents
 from fsae.transcoding.segments import join_videos
 
 PART_SECONDS = 20.0  # of encoding that are lost at most
-SEGMENT = 64  # latents whose frames are decoded into one segment: 256 frames, as far apart as H.264's key frames
+SEGMENT = 64  # latents whose frames make one segment of a decoded video: 256, as far apart as H.264's key frames
 
 _WHOLE = 0.9  # of the frames that a video states: with fewer, it is cut short
 _CHUNK_PIXELS = 2**22  # of the frames that are encoded at once
@@ -51,10 +51,10 @@ Picture = NDArray[np.uint8]
 
 
 def stream_reach(stack: nn.Module) -> int:
-    """Latents before a place that a causal or group-causal stack's result there depends on; no fewer than really.
+    """How many latents back a causal or group-causal stack looks: an upper bound.
 
-    Every convolution over time looks back at two frames, a group-causal one at one, and no frame of any stage is longer
-    than a latent's.
+    Every convolution over time looks back at two frames, a group-causal one at one. The bound counts each of these
+    frames as a whole latent, which no frame of any stage is longer than.
     """
     convolutions = (layer for layer in stack.modules() if isinstance(layer, VideoConv3d) and layer.kernel_size[0] == 3)
     return sum(1 if layer.time == "group_causal" else 2 for layer in convolutions)
@@ -66,12 +66,11 @@ def encode_file(
     output: str | os.PathLike[str],
     frames: int | None = None,
     memory: int | None = None,
-    part_seconds: float = PART_SECONDS,
 ) -> SavedLatents:
     """Encode a video or an image and write its latents.
 
-    Frames are scaled and cropped to multiples of the model's spatial compression, and the clip is cut to 1 + 4k of
-    them. The parts in OUTPUT.partial hold the latents so far; they are used if file, encoder and size are the same.
+    Frames are scaled and cropped to multiples of the model's spatial compression, and the clip is cut to whole latents.
+    The parts in OUTPUT.partial hold the latents so far; they are used if file, encoder and size are the same.
 
     Args:
         model: the autoencoder, on its device.
@@ -79,7 +78,6 @@ def encode_file(
         output: .safetensors.
         frames: how many of the video's first frames; None for all.
         memory: bytes that the activations may take; None for no bound.
-        part_seconds: how often what is done is written.
 
     Raises:
         UserError: the file cannot be read, or only in part, or parts of another job are in the way.
@@ -87,12 +85,12 @@ def encode_file(
     with torch.no_grad():
         if as_media(path).is_image:
             image = load_image(path)
-            first = cover(image, _snapped(path, image.shape[:2], model.spatial_compression))
+            first = cover(image, _snapped(path, image.shape[:2], model.compression.space))
             latents = model.encode(_tensor([first], model), memory)[0].float().cpu()
             fps = 1.0
         else:
             job = _Encoding(model, path, output, frames, memory)
-            latents, first, fps = job.run(part_seconds), job.first, job.fps
+            latents, first, fps = job.run(), job.first, job.fps
     kept = torch.from_numpy(first.copy()) if model.config.first_frame_injection else None
     saved = SavedLatents(latents, fps, kept, encoder_fingerprint(model))
     save_latents(output, saved.latents, saved.fps, saved.first_frame, saved.encoder)
@@ -116,10 +114,10 @@ class _Encoding:
         self.model, self.path, self.frames, self.memory, self.fps = model, path, frames, memory, info.fps
         self.info = info
         self.expected = min(info.frames, frames or info.frames)
-        self.size = _snapped(path, (info.height, info.width), model.spatial_compression)
+        self.size = _snapped(path, (info.height, info.width), model.compression.space)
         self.first = next(stream_video(path, self.size, frames=1))
         # Latents a chunk: fixed by the size alone, so that a restarted stream computes the very same sums.
-        pixels = self.size[0] * self.size[1] * model.temporal_compression
+        pixels = self.size[0] * self.size[1] * model.compression.time
         self.chunk = min(max(_CHUNK_PIXELS // pixels, 1), 8)
         self.unfinished = Unfinished(
             output,
@@ -131,11 +129,11 @@ class _Encoding:
             },
         )
 
-    def run(self, part_seconds: float) -> Tensor:
+    def run(self) -> Tensor:
         """All latents, `c t h w`: those of the parts, and those that are still to be made."""
         done = [load_file(part)["latents"] for part in self.unfinished.parts(".safetensors")]
         count = sum(part.shape[1] for part in done)
-        wanted = None if self.frames is None else 1 + (self.frames - 1) // self.model.temporal_compression
+        wanted = None if self.frames is None else self.model.compression.latents(self.frames)
         if wanted is not None and count >= wanted:
             return torch.cat(done, 1)[:, :wanted]
         pending: list[Tensor] = []
@@ -143,7 +141,7 @@ class _Encoding:
         try:
             for latents in self._latents_from(count):
                 # Written when the next ones are there: the clip's last chunk may be a short one, and is no part.
-                if pending and time.monotonic() - written >= part_seconds:
+                if pending and time.monotonic() - written >= PART_SECONDS:
                     done.append(self._write(pending))
                     pending, written = [], time.monotonic()
                 pending.append(latents)
@@ -162,7 +160,7 @@ class _Encoding:
 
     def _latents_from(self, count: int) -> Iterator[Tensor]:
         """The latents after the first `count`, a chunk at a time, each `c t h w`."""
-        rate = self.model.temporal_compression
+        rate = self.model.compression.time
         # After the first frame, chunks begin at multiples of their length; so do those of a restarted stream.
         restart = max(count - 1 - stream_reach(self.model.encoder), 0) // self.chunk * self.chunk
         passed = count - restart
@@ -198,7 +196,7 @@ class _Encoding:
     def _ended_early(self, error: UserError, latents: int) -> UserError:
         if not latents:
             return error
-        frames = 1 + (latents - 1) * self.model.temporal_compression
+        frames = self.model.compression.frames(latents)
         return UserError(
             f"{error}; the latents of the first {frames} frames are kept in {self.unfinished.folder}: "
             f"'--frames {frames}' makes a file of them"
@@ -211,7 +209,6 @@ def decode_file(
     output: str | os.PathLike[str],
     first_frame: Tensor | None = None,
     memory: int | None = None,
-    segment: int = SEGMENT,
 ) -> int:
     """Decode latents and write the video; returns how many frames it has.
 
@@ -224,16 +221,15 @@ def decode_file(
         output: .mp4, .m4v, .mov or .mkv.
         first_frame: `1 3 1 H W` in [-1, 1], which decoders with injection draw detail from.
         memory: bytes that decoding may take; None for no bound.
-        segment: latents a segment.
 
     Raises:
         UserError: the video cannot be written, the memory does not suffice, or parts of another job are in the way.
     """
-    rate, count = model.temporal_compression, saved.latents.shape[1]
-    total = 1 + (count - 1) * rate
+    compression, count = model.compression, saved.latents.shape[1]
+    total = compression.frames(count)
 
     def frames(start: int) -> Iterator[Picture]:
-        """The frames from that of latent `start` on, its first ones left out."""
+        """The frames of the stream that begins with latent `start`, which itself gives one frame."""
         latents = saved.latents[:, start:].unsqueeze(0).to(model.device, model.dtype)
         with _layers_shown(model.decoder):
             pieces = model.decode_stream(latents, first_frame, memory=memory)
@@ -241,27 +237,26 @@ def decode_file(
             yield from to_frames(piece[0]).numpy()
 
     with torch.no_grad():
-        if model.config.decoder_kind == "standard" or count <= segment:
+        if model.config.decoder_kind == "standard" or count <= SEGMENT:
             Unfinished(output, {})  # refuses where the beginning of another clip is kept
             write_video(output, tqdm(frames(0), "decoding", total=total, unit="frame", delay=2), saved.fps)
             return total
-        unfinished = Unfinished(output, _decoding_settings(model, saved, first_frame, segment))
+        unfinished = Unfinished(output, _decoding_settings(model, saved, first_frame))
         done = len(unfinished.parts(".mp4"))
-        start = done * segment
-        restart = max(start - stream_reach(model.decoder), 0) // segment * segment
-        # The restarted stream gives one frame for its first latent.
-        before = 1 + (start - 1 - restart) * rate if start else 0
+        start = done * SEGMENT
+        restart = max(start - stream_reach(model.decoder), 0) // SEGMENT * SEGMENT
+        before = compression.frames(start - restart) if start else 0
         pictures = tqdm(
             islice(frames(restart), before, None),
             "decoding",
             total=total,
-            initial=1 + (start - 1) * rate if start else 0,
+            initial=compression.frames(start) if start else 0,
             unit="frame",
             delay=2,
         )
         line = iter(pictures)
-        for number in range(done, -(-count // segment)):
-            length = segment * rate if number else 1 + (segment - 1) * rate
+        for number in range(done, -(-count // SEGMENT)):
+            length = SEGMENT * compression.time if number else compression.frames(SEGMENT)
             write_video(unfinished.next_part(".mp4"), islice(line, length), saved.fps)
         join_videos(unfinished.parts(".mp4"), output)
         unfinished.remove()
@@ -285,13 +280,13 @@ def _layers_shown(decoder: Decoder) -> Iterator[None]:
                 hook.remove()
 
 
-def _decoding_settings(model: FSAE, saved: SavedLatents, first_frame: Tensor | None, segment: int) -> dict[str, str]:
+def _decoding_settings(model: FSAE, saved: SavedLatents, first_frame: Tensor | None) -> dict[str, str]:
     return {
         "latents": tensor_fingerprint(saved.latents),
         "frame rate": repr(saved.fps),
         "model": model_fingerprint(model),
         "first frame": "none" if first_frame is None else tensor_fingerprint(first_frame),
-        "segment": str(segment),
+        "segment": str(SEGMENT),
     }
 
 
