@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -32,31 +33,24 @@ def brute_force(layer: FirstFrameAttention, x: Tensor, first: Tensor, window: in
         return out
 
     result = x.clone()
-    for b in range(batch):
-        for t in range(frames):
-            for y in range(height):
-                for z in range(width):
-                    top, left = y // window * window, z // window * window
-                    cells = [
-                        (i, j)
-                        for i in range(top, min(top + window, height))
-                        for j in range(left, min(left + window, width))
-                    ]
-                    query = normed(layer.norm_query, x[b, :, t, y, z])
-                    q = layer.to_q(query)
-                    offsets = torch.zeros(channels // head, 2, dtype=x.dtype)
-                    if layer.to_offset is not None:
-                        offsets = layer.reach * layer.to_offset(query).view(-1, 2)
-                    keys = [layer.to_k(normed(layer.norm_context, first[b, :, i, j])) for i, j in cells]
-                    values = [layer.to_v(normed(layer.norm_context, first[b, :, i, j])) for i, j in cells]
-                    mixed = []
-                    for h in range(channels // head):
-                        part = slice(h * head, (h + 1) * head)
-                        turned = turn(q[part], (y + float(offsets[h, 0]), z + float(offsets[h, 1])))
-                        scores = torch.stack([turned @ turn(k[part], c) for k, c in zip(keys, cells, strict=True)])
-                        weights = (scores / math.sqrt(head)).softmax(0)
-                        mixed.append(sum(w * v[part] for w, v in zip(weights, values, strict=True)))
-                    result[b, :, t, y, z] += layer.to_out(torch.cat(mixed))
+    for b, t, y, z in product(range(batch), range(frames), range(height), range(width)):
+        top, left = y // window * window, z // window * window
+        cells = list(product(range(top, min(top + window, height)), range(left, min(left + window, width))))
+        query = normed(layer.norm_query, x[b, :, t, y, z])
+        q = layer.to_q(query)
+        offsets = torch.zeros(channels // head, 2, dtype=x.dtype)
+        if layer.to_offset is not None:
+            offsets = layer.reach * layer.to_offset(query).view(-1, 2)
+        keys = [layer.to_k(normed(layer.norm_context, first[b, :, i, j])) for i, j in cells]
+        values = [layer.to_v(normed(layer.norm_context, first[b, :, i, j])) for i, j in cells]
+        mixed = []
+        for h in range(channels // head):
+            part = slice(h * head, (h + 1) * head)
+            turned = turn(q[part], (y + float(offsets[h, 0]), z + float(offsets[h, 1])))
+            scores = torch.stack([turned @ turn(k[part], c) for k, c in zip(keys, cells, strict=True)])
+            weights = (scores / math.sqrt(head)).softmax(0)
+            mixed.append(sum(w * v[part] for w, v in zip(weights, values, strict=True)))
+        result[b, :, t, y, z] += layer.to_out(torch.cat(mixed))
     return result
 
 

@@ -435,7 +435,7 @@ def test_command_checks_before_it_works(
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
 
     def full_disk(_: FSAE, folder: str) -> None:
-        Path(folder).mkdir()
+        Path(folder).mkdir(exist_ok=True)
         (Path(folder) / "config.json").touch()
         raise OSError(28, "No space left on device")
 

@@ -381,7 +381,8 @@ def test_sizes_that_do_not_fit_together_are_refused(options: dict[str, Any], sen
 
 
 def test_only_residual_stages_change_the_frame_rate() -> None:
-    sizes = {"widths": (32,) * 4, "encoder_depths": (1,) * 4, "decoder_depths": (1,) * 4, "latent_channels": 8}
+    depths = {"encoder_depths": (1,) * 4, "decoder_depths": (1,) * 4}
+    sizes = {"widths": (32,) * 4, **depths, "latent_channels": 8, "injection_head_dim": 32}
     with pytest.raises(ValueError, match="2 stages change the frame rate.*give 1 or fewer"):
         FSAE(**sizes, residual_stages=1, temporal_stages=2)
     assert FSAE(**sizes, residual_stages=1, temporal_stages=1).compression == Compression(8, 2)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fsae.layers.attention import Context, FirstFrameAttention
+from fsae.layers.attention import FirstFrameAttention, FirstFrameContext
 from fsae.layers.blocks import EViTBlock, ResBlock, Stage
 from fsae.layers.config import Injection, StackConfig
 from fsae.layers.conv import TimeKind, VideoConv3d
@@ -31,7 +31,7 @@ TIME_OF_KIND: dict[DecoderKind, TimeKind] = {"causal": "causal", "standard": "st
 
 # The encoder's features of frame 0, fine to coarse, each `B C h w`, or what their injection makes of them; None where
 # none is used.
-FirstFrame = Sequence[Tensor | Context | Values | None]
+FirstFrame = Sequence[Tensor | FirstFrameContext | Values | None]
 
 # Frames that a convolution keeps between two chunks of a stream; none where there is no stream.
 KEPT_FRAMES: dict[DecoderKind, int] = {"causal": 2, "standard": 0, "lite": 1}
@@ -46,7 +46,7 @@ class Sight(NamedTuple):
         displacements: where the injection samples, as `MotionField` gives them, of the window.
     """
 
-    first_frame: Tensor | Context | Values
+    first_frame: Tensor | FirstFrameContext | Values
     window: Window | None = None
     displacements: Tensor | None = None
 
@@ -120,7 +120,9 @@ class Decoder(nn.Module):
         if injection is not None and injection.sampling:
             width = stack.widths[min(self.outer_stages.count, len(stack.widths) - 1)]
             time, cell = stack.compression.time, self.outer_stages.cell
-            self.motion = MotionField(width, time, cell)
+            self.motion = MotionField(
+                width, stack.latent_channels, frames=time, cell=cell, eps=style.eps, norm_affine=style.norm_affine
+            )
         self.norm_out = PixelNorm(stack.widths[0], style.eps, style.norm_affine)
         self.conv_out = VideoConv3d(stack.widths[0], 3, time=style.time, group=stack.compression.time)
 
@@ -176,7 +178,7 @@ class Decoder(nn.Module):
         x = self.conv_in(latents, cache) + latents.repeat_interleave(self.copies, dim=1)
         for s in reversed(range(self.outer_stages.count, len(self.stages))):
             x = self.stages[s](x, _sight(first_frame, s), cache=cache)
-        return x if self.motion is None else torch.cat([x, self.motion(x, cache)], dim=1)
+        return x if self.motion is None else torch.cat([x, self.motion(x, latents, cache)], dim=1)
 
     def outer(
         self,

@@ -76,7 +76,7 @@ class LiteMLA(nn.Module):
             return numerator / (key.sum(-2).unsqueeze(-2) @ query + 1e-15)
 
 
-class Context(NamedTuple):
+class FirstFrameContext(NamedTuple):
     """What the queries of all frames meet: keys, turned to their places, and values, `B h w heads d` each."""
 
     key: Tensor
@@ -147,7 +147,7 @@ class FirstFrameAttention(nn.Module):
         even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
-    def context(self, first_frame: Tensor) -> Context:
+    def context(self, first_frame: Tensor) -> FirstFrameContext:
         """The first frame's features `B C' h w` -> its keys and values, which serve every frame, tile and chunk."""
         height, width = first_frame.shape[2:]
         side = self._side(height, width)
@@ -155,18 +155,18 @@ class FirstFrameAttention(nn.Module):
         key = self.to_k(features).unflatten(-1, (-1, self.head_dim))
         cells = _cells(range(height), range(width), first_frame.device) % side
         key = self._rotate(key.flatten(1, 2), cells).unflatten(1, (height, width))
-        return Context(key, self.to_v(features).unflatten(-1, (-1, self.head_dim)))
+        return FirstFrameContext(key, self.to_v(features).unflatten(-1, (-1, self.head_dim)))
 
     def _side(self, height: int, width: int) -> int:
         """The side of the aligned windows of a whole frame."""
         return self.window if height * width > self.window**2 else max(height, width)
 
-    def forward(self, x: Tensor, first_frame: Tensor | Context, window: Window | None = None) -> Tensor:
+    def forward(self, x: Tensor, first_frame: Tensor | FirstFrameContext, window: Window | None = None) -> Tensor:
         """x `B C T h w`, first_frame `B C' h w` or what `context` made of it -> x's shape.
 
         window: the part of the frame that x is, in cells of this stage; None is all of it. first_frame is whole.
         """
-        context = first_frame if isinstance(first_frame, Context) else self.context(first_frame)
+        context = first_frame if isinstance(first_frame, FirstFrameContext) else self.context(first_frame)
         frame_height, frame_width = context.key.shape[1:3]
         part = Window(0, 0, frame_height, frame_width) if window is None else window
         side = self._side(frame_height, frame_width)
@@ -178,13 +178,13 @@ class FirstFrameAttention(nn.Module):
             for left in range(part.left // side * side, part.right, side):
                 columns = range(max(left, part.left), min(left + side, part.right))
                 queries = Window(rows.start, columns.start, len(rows), len(columns)).inside(part)
-                seen = Context(*(t[:, top : top + side, left : left + side] for t in context))
+                seen = FirstFrameContext(*(t[:, top : top + side, left : left + side] for t in context))
                 cells = _cells(rows, columns, x.device) - torch.tensor([top, left], device=x.device)
                 row.append(self._attend(query_map[:, :, *queries.slices], seen, cells))
             bands.append(torch.cat(row, dim=3))
         return x + self.to_out(torch.cat(bands, dim=2)).permute(0, 4, 1, 2, 3)
 
-    def _attend(self, query_map: Tensor, context: Context, cells: Tensor) -> Tensor:
+    def _attend(self, query_map: Tensor, context: FirstFrameContext, cells: Tensor) -> Tensor:
         """One window: queries `B T h w C` at `cells` of it on its keys and values -> `B T h w C`."""
         batch, frames, height, width, _ = query_map.shape
         query = self.to_q(query_map).reshape(batch * frames, height * width, -1, self.head_dim)

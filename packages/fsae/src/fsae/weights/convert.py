@@ -81,20 +81,20 @@ def from_dc_ae(
     opened = open_dc_ae(source)
     options = _options(opened, config)
     shapes = _shapes(options)
-    plan = plan_conversion(opened.shapes, shapes, options, opened.label)
+    conversion = plan_conversion(opened.shapes, shapes, options, opened.label)
     opened.float_dtype()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = FSAE(**options)
     start_innermost_as_shortcuts(model)
     state = model.state_dict()
-    for name in tqdm(plan.carried, desc="converting", unit="tensor", disable=not progress):
-        _carry([opened.read(part) for part in plan.carried[name]], state[name])
-    return model, plan.report(opened.shapes, shapes)
+    for name in tqdm(conversion.carried, desc="converting", unit="tensor", disable=not progress):
+        _carry([opened.read(part) for part in conversion.carried[name]], state[name])
+    return model, conversion.report(opened.shapes, shapes)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Conversion:
     """Which tensors of DC-AE make which of FSAE.
 
     Attributes:
@@ -113,7 +113,7 @@ class Plan:
         return {part for parts in self.carried.values() for part in parts} | set(self.dropped)
 
     def report(self, source: Shapes, target: Shapes) -> Report:
-        """The plan in numbers, for tensors of these shapes."""
+        """The conversion in numbers, for tensors of these shapes."""
         return Report(
             carried={part: math.prod(source[part]) for parts in self.carried.values() for part in parts},
             dropped={name: math.prod(source[name]) for name in self.dropped},
@@ -121,7 +121,9 @@ class Plan:
         )
 
 
-def plan_conversion(source: Shapes, target: Shapes, options: Mapping[str, Any], label: str = "the source") -> Plan:
+def plan_conversion(
+    source: Shapes, target: Shapes, options: Mapping[str, Any], label: str = "the source"
+) -> Conversion:
     """Fit DC-AE's tensors to those of an FSAE, by names and shapes alone.
 
     Args:
@@ -133,19 +135,20 @@ def plan_conversion(source: Shapes, target: Shapes, options: Mapping[str, Any], 
     Raises:
         CheckpointError: a key is missing, unknown or misshapen.
     """
-    plan = max((_plan(layout, target, options) for layout in LAYOUTS), key=lambda plan: len(plan.names & set(source)))
-    if len(plan.names & set(source)) * 2 < len(plan.names):
+    conversions = [_conversion(layout, target, options) for layout in LAYOUTS]
+    best = max(conversions, key=lambda conversion: len(conversion.names & set(source)))
+    if len(best.names & set(source)) * 2 < len(best.names):
         example = next(iter(source), None)
         raise CheckpointError(
             f"{label} holds no DC-AE of f32c32-sana's architecture: "
             + (f"its first of {len(source)} keys is {example!r}" if source else "it is empty")
             + "; give dc-ae-f32c32-sana-1.0 or 1.1, by its original or by diffusers' names"
         )
-    check_fit(_expected(plan, source, target, options), source, f"DC-AE by {plan.layout.name} names", label)
-    return plan
+    check_fit(_expected(best, source, target, options), source, f"DC-AE by {best.layout.name} names", label)
+    return best
 
 
-def _plan(layout: Layout, target: Shapes, options: Mapping[str, Any]) -> Plan:
+def _conversion(layout: Layout, target: Shapes, options: Mapping[str, Any]) -> Conversion:
     depths = options["encoder_depths"][:-1], options["decoder_depths"][:-1]
     modules = layout.modules(*depths, options["residual_stages"])
     carried = {}
@@ -154,23 +157,25 @@ def _plan(layout: Layout, target: Shapes, options: Mapping[str, Any]) -> Plan:
         if module in modules:
             carried[name] = tuple(f"{part}.{parameter}" for part in modules[module])
     latent = (layout.encoder_out, layout.decoder_in)
-    return Plan(layout, carried, tuple(f"{module}.{kind}" for module in latent for kind in ("weight", "bias")))
+    return Conversion(layout, carried, tuple(f"{module}.{kind}" for module in latent for kind in ("weight", "bias")))
 
 
-def _expected(plan: Plan, source: Shapes, target: Shapes, options: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _expected(
+    conversion: Conversion, source: Shapes, target: Shapes, options: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
     """The shapes that DC-AE's tensors are to have, if FSAE's are `target`."""
     expected: dict[str, tuple[int, ...]] = {}
-    for name, parts in plan.carried.items():
+    for name, parts in conversion.carried.items():
         out, *rest = target[name]
         kernel = rest[:1] + rest[2:] if rest else []
         for part in parts:
             # diffusers keeps the 1x1 kernels at both ends of the attention as matrices.
-            matrix = part.endswith(plan.layout.matrices)
+            matrix = part.endswith(conversion.layout.matrices)
             expected[part] = (out // len(parts), *(kernel[:1] if matrix else kernel))
     coarsest = len(options["encoder_depths"]) - 2
     encoded = target[f"encoder.stages.{coarsest}.down.conv.weight"][1]
     decoded = target[f"decoder.stages.{coarsest}.up.conv.weight"][0]
-    encoder_out, decoder_in = plan.layout.encoder_out, plan.layout.decoder_in
+    encoder_out, decoder_in = conversion.layout.encoder_out, conversion.layout.decoder_in
     # Nothing of FSAE tells how many channels the latents of the source have, so their bias does.
     latent = (source.get(f"{encoder_out}.bias") or (32,))[0]
     expected |= {f"{encoder_out}.weight": (latent, encoded, 3, 3), f"{encoder_out}.bias": (latent,)}

@@ -1,11 +1,11 @@
-"""How the parts of an FSAE start for which there are no weights: all of it, or its innermost stage.
+"""How an FSAE starts that has no weights to load, or none for its innermost stage.
 
-From scratch: the blocks have no norm at their entrance, and with every branch at full strength the activations of a
-decoder stage grow to ten times their share of the picture, one optimiser step at a usual rate then shifts them all
-together, the last norm sees one direction, and the model stays at each picture's mean colour. Small branches keep every
-stage near its shortcuts, where training starts at once.
+From scratch, branches start small. The blocks have no norm at their entrance: with every branch at full strength the
+activations of a decoder stage grow to ten times their share of the picture. One optimiser step at a usual rate then
+shifts them all together, the last norm sees one direction, and the model stays at each picture's mean colour. Small
+branches keep every stage near its shortcuts, where training starts at once.
 
-Around a pretrained image autoencoder: the stage that it lacks starts as nothing but shortcuts, so that the model is the
+Around a pretrained image autoencoder, the stage that it lacks starts as nothing but shortcuts. The model is then the
 pretrained one around a bottleneck that moves space to channels.
 """
 
