@@ -41,7 +41,8 @@ from fsae.storage.checkpoint import save_state
 from fsae.storage.files import atomic_path
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
-from fsdit.conditioning import Context, load_encoders
+from fsdit.conditioning import Context, FlowBatch, load_encoders
+from fsdit.conditioning.inputs import training_condition
 from fsdit.flow.path import FlowSchedule
 from fsdit.model import FSDiT
 from fsdit.training.config import FlowMatchingConfig
@@ -143,7 +144,8 @@ class VelocityTask(FlowMatchingTask):
         latents = batch["latents"]
         noise = torch.randn(latents.shape, generator=generator)
         sigma = FLOW.sample(len(latents), generator)
-        return self.velocity_loss(latents, noise, sigma, Context(batch["text"], batch["image"]))
+        clean = FlowBatch(latents, training_condition(latents), Context(batch["text"], batch["image"]))
+        return self.velocity_loss(clean, noise, sigma)
 
 
 def make_model(run: Run) -> FSDiT:

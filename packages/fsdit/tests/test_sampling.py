@@ -195,6 +195,9 @@ def test_kept_keys_and_values_change_nothing(batch: int) -> None:
     condition = Condition(condition.latents[:batch], condition.mask[:batch])
     context = Context(context.text[:batch], context.image[:batch], context.negative[:batch])
     made: list[int] = []
+    embedded: list[int] = []
+    for embedding in (model.text_embedding, model.image_embedding):
+        embedding.register_forward_hook(lambda *_: embedded.append(1))
     for block in model.blocks:
         block.cross_attn.to_kv.register_forward_hook(lambda *_: made.append(1))
 
@@ -203,7 +206,7 @@ def test_kept_keys_and_values_change_nothing(batch: int) -> None:
 
     options = {"schedule": FlowSchedule(5.0), "steps": 4, "guidance": 3.0}
     kept = denoise(model, noise()[:batch], condition, context, **options)
-    assert len(made) == len(model.blocks)  # once in all four steps
+    assert len(made) == len(model.blocks) and len(embedded) == 2  # once in all four steps
     again = denoise(plainly, noise()[:batch], condition, context, **options)
     assert len(made) == len(model.blocks) * 5
     # Four steps in fp32 of values up to 3: other matrix shapes, other roundings.
@@ -218,7 +221,7 @@ def test_a_cache_follows_its_prompt_and_its_model_and_carries_no_gradients() -> 
             expected = model(latents, times, text, context.image)
             assert torch.equal(model(latents, times, text, context.image, cache=cache), expected)
             assert torch.equal(model(latents, times, text, context.image, cache=cache), expected)
-        other = copy.deepcopy(model)
+        other = copy.deepcopy(model)  # which finds none of its own layers in the cache
         other.text_embedding[0].weight.mul_(2)
         expected = other(latents, times, context.text, context.image)
         assert torch.equal(other(latents, times, context.text, context.image, cache=cache), expected)

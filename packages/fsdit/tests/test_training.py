@@ -18,7 +18,14 @@ from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
 from fsdit import FSDiT
 from fsdit.cli import main
-from fsdit.conditioning import ImageEncoder, TextEncoder, first_frame_condition, load_encoders, nano_tokenizer
+from fsdit.conditioning import (
+    Condition,
+    ImageEncoder,
+    TextEncoder,
+    first_frame_condition,
+    load_encoders,
+    nano_tokenizer,
+)
 from fsdit.flow.path import FlowSchedule
 from fsdit.training.config import TransformerConfig
 from fsdit.training.data import CachedClips, encode_clips
@@ -155,6 +162,22 @@ def test_loss_is_the_formula(tmp_path, elements: bool) -> None:
     assert FlowMatchingTask(oracle, text, image, settings).loss(data, generator(7))["loss"].item() == 0
 
 
+def test_a_prepared_batch_is_what_the_loss_is_of(tmp_path) -> None:
+    _, text, image = parts()
+    data = batch(clips())
+    oracle = Oracle()
+    task = FlowMatchingTask(oracle, text, image, config(tmp_path, caption_dropout=0.0))
+    task.loss(data, generator(7))
+    inputs, _, words, picture = oracle.seen
+    task.config = config(tmp_path, caption_dropout=1.0)  # which is the loss's own
+    clean = task.prepare(data, generator(7))
+    assert torch.equal(clean.latents, data["latents"])
+    assert torch.equal(torch.cat((clean.condition.mask, clean.condition.latents), dim=1), inputs[:, 4:])
+    assert torch.equal(clean.context.text, words) and torch.equal(clean.context.image, picture)
+    assert torch.equal(clean.context.negative, text([""] * 4).embeddings)
+    assert not torch.allclose(clean.context.negative, words, atol=1e-3)
+
+
 def test_a_batch_has_the_gradient_of_its_samples_mean(tmp_path) -> None:
     transformer, text, image = parts()
     torch.nn.init.normal_(transformer.head.head.weight, std=0.2)
@@ -166,8 +189,7 @@ def test_a_batch_has_the_gradient_of_its_samples_mean(tmp_path) -> None:
         transformer.zero_grad()
         for row in rows:
             part = {name: value[row] for name, value in data.items()}
-            context = task.context(part, part["caption"])
-            loss = task.velocity_loss(part["latents"], noise[row], sigma[row], context)["loss"]
+            loss = task.velocity_loss(task.prepare(part, generator()), noise[row], sigma[row])["loss"]
             (loss / len(rows)).backward()
         return [parameter.grad.clone() for parameter in transformer.parameters()]
 
@@ -312,8 +334,9 @@ class Unlearnable(torch.utils.data.Dataset[dict[str, Any]]):
 class Shown(FlowMatchingTask):
     """The control: every clip's first latent is known."""
 
-    def condition(self, latents: Tensor) -> Any:
-        return first_frame_condition(latents[:, :, :1], latents.shape[2])
+    def conditioned_latents(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, Condition]:
+        latents = batch["latents"]
+        return latents, first_frame_condition(latents[:, :, :1], latents.shape[2])
 
 
 @pytest.mark.slow
@@ -438,6 +461,21 @@ def test_validation_shows_samples(tmp_path) -> None:
         pictures.append(result["samples"])
     assert not torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
     assert FlowMatchingTask(*parts(), config(tmp_path)).validate(0) == {}
+
+
+def test_a_validation_encodes_its_clips_once(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    autoencoder, (transformer, text, image) = FSAE(**TINY_FSAE).eval(), parts()
+    calls: list[Any] = []
+    encode = autoencoder.encode
+    monkeypatch.setattr(autoencoder, "encode", lambda video: calls.append("video") or encode(video))
+    image.register_forward_hook(lambda *_: calls.append("image"))
+    text.register_forward_pre_hook(lambda _, given: calls.append(list(given[0])))
+    held_out = batch([{"video": torch.rand(3, 5, 64, 64) * 2 - 1, "caption": c} for c in "ab"], 2)
+    settings = config(tmp_path, validation_steps=2, caption_dropout=1.0)
+    with torch.no_grad():
+        assert "samples" in FlowMatchingTask(transformer, text, image, settings, autoencoder, held_out).validate(0)
+    assert sorted(map(str, calls)) == sorted(["video", "image", "['a', 'b']", "['', '']"])
 
 
 # --- what does not fit -------------------------------------------------------------------------------------------

@@ -122,8 +122,7 @@ class OwnNoise(FlowMatchingTask):
         draws = [torch.Generator().manual_seed(int(1e4 * latents.abs().sum())) for latents in batch["latents"]]
         noise = torch.stack([torch.randn(batch["latents"].shape[1:], generator=draw) for draw in draws])
         sigma = torch.cat([self.config.flow.sample(1, draw) for draw in draws])
-        context = self.context(batch, list(batch["caption"]))
-        return self.velocity_loss(batch["latents"], noise, sigma, context)
+        return self.velocity_loss(self.prepare(batch, generator), noise, sigma)
 
 
 def three_steps(films: Path, parts: Path, output: Path, cache: Path, sharding: Any, batch_size: int) -> None:

@@ -101,7 +101,7 @@ def test_a_cache_trains_as_the_files_do(films: Path, parts: Path, cache: Path, t
     for seed in range(3):  # which drops several captions
         losses = [t.loss(b, seeded(seed))["loss"].item() for t, b in ((task, kept), (other, fresh))]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    contexts = [t.context(b, ["", *b["caption"][1:]], "") for t, b in ((task, kept), (other, fresh))]
+    contexts = [t.context(b, ["", *b["caption"][1:]], 2, negative=True) for t, b in ((task, kept), (other, fresh))]
     for name in ("text", "image", "negative"):
         one, two = (getattr(context, name) for context in contexts)
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)

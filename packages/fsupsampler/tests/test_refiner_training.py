@@ -153,6 +153,22 @@ def test_loss_is_flow_matching_of_the_high_latents_on_the_drafts_condition(tmp_p
     assert noise.std().item() == pytest.approx(1.0, abs=0.15)
 
 
+def test_a_prepared_batch_is_the_high_latents_with_their_drafts_condition(tmp_path: Path) -> None:
+    text, _ = encoders()
+    _, task = oracle_task(tmp_path)
+    task.mask.eval()
+    data = batch()
+    clean = task.prepare(data, generator())
+    expected = refiner_condition(data["high"][:, :, :1], upsampler()(data["low"]), DynamicMask())
+    assert torch.equal(clean.latents, data["high"])
+    assert torch.allclose(clean.condition.latents, expected.latents, atol=1e-6)
+    assert torch.allclose(clean.condition.mask, expected.mask, atol=1e-5)
+    assert torch.allclose(clean.context.text, text(data["caption"]).embeddings, atol=1e-5)
+    assert torch.allclose(clean.context.negative, text([""] * 4).embeddings, atol=1e-5)
+    other = {**data, "low": data["low"].roll(1, dims=0)}  # another batch, while the first is still in hand
+    assert not torch.equal(task.prepare(other, generator()).condition.latents, clean.condition.latents)
+
+
 @pytest.mark.parametrize("training_mode", [True, False])
 def test_a_still_is_shown_nothing_of_itself(tmp_path: Path, training_mode: bool) -> None:
     base = transformer(seed=3).eval().requires_grad_(False)
@@ -235,7 +251,7 @@ def test_with_a_base_model_drafts_are_made_of_its_estimates(tmp_path: Path) -> N
     noise = torch.randn(data["low"].shape, generator=draws)
     sigma = FlowSchedule(2.0).sample(4, draws)
     known = first_frame_condition(data["low"][:, :, :1], 3)
-    context = task.context(data, data["caption"])
+    context = task.context(data, data["caption"], 3)
     estimate = deviation_latents(base, data["low"], noise, sigma, known, context)
     assert torch.allclose(oracle.shown()[1][:, :, 1:], upsampler()(estimate)[:, :, 1:], atol=1e-5)
     oracle.eval()

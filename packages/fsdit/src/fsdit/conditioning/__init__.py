@@ -9,12 +9,13 @@ from fsae.exports import lazy_exports
 if TYPE_CHECKING:
     from fsdit.conditioning.encoders import ImageEncoder, TextEncoder
     from fsdit.conditioning.folders import load_encoders, load_image_encoder, load_text_encoder
-    from fsdit.conditioning.inputs import Condition, Context, first_frame_condition, model_input
+    from fsdit.conditioning.inputs import Condition, Context, FlowBatch, first_frame_condition, model_input
     from fsdit.conditioning.nano import nano_tokenizer
 
 __all__ = [
     "Condition",
     "Context",
+    "FlowBatch",
     "ImageEncoder",
     "TextEncoder",
     "first_frame_condition",
@@ -30,6 +31,7 @@ __getattr__, __dir__ = lazy_exports(
     {
         "Condition": "fsdit.conditioning.inputs",
         "Context": "fsdit.conditioning.inputs",
+        "FlowBatch": "fsdit.conditioning.inputs",
         "ImageEncoder": "fsdit.conditioning.encoders",
         "TextEncoder": "fsdit.conditioning.encoders",
         "first_frame_condition": "fsdit.conditioning.inputs",

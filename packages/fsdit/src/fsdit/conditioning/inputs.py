@@ -30,6 +30,15 @@ class Condition:
     mask: Tensor
 
 
+@dataclass(frozen=True)
+class FlowBatch:
+    """Clean latents ``B C t h w``, what the model is told of them, and what steers it."""
+
+    latents: Tensor
+    condition: Condition
+    context: Context
+
+
 def first_frame_condition(first_latent: Tensor, t: int, mask_channels: int = 4) -> Condition:
     """The image-to-video condition: the first latent is known, the others are zero and masked out.
 

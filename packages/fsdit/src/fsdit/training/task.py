@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,22 @@ from fsae.training.logs import frame_grid
 from fsae.training.loop import Task
 from fsae.training.runs import is_main_process
 from fsdit.conditioning.encoders import ImageEncoder, TextEncoder
-from fsdit.conditioning.inputs import Context, model_input, training_condition, training_context
+from fsdit.conditioning.inputs import Condition, Context, FlowBatch, model_input, training_condition, training_context
 from fsdit.flow.path import TIMESTEPS, interpolate, pseudo_huber, velocity
 from fsdit.flow.sampling import denoise
 from fsdit.model import FSDiT
 from fsdit.training.config import FlowMatchingConfig
+from fsdit.training.data import to_device_of
 from fsdit.training.samples import write_samples_if_possible
+
+
+class Draws(NamedTuple):
+    """What is drawn for a batch: noise ``B C t h w``, levels sigma ``B``, and ``B`` numbers in [0, 1) of which those
+    below the dropout drop a caption."""
+
+    noise: Tensor
+    sigma: Tensor
+    chance: Tensor
 
 
 class FlowMatchingTask(Task):
@@ -82,27 +92,47 @@ class FlowMatchingTask(Task):
         }
 
     def loss(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """Pseudo-Huber loss of the velocity; the mean square error beside it."""
-        return self._flow_matching(batch, generator, self.config.caption_dropout)
+        """Pseudo-Huber loss of the velocity, some captions dropped; the mean square error beside it."""
+        latents, condition = self.conditioned_latents(batch, generator)
+        draws = self.draw(latents, generator)
+        # Dropped before they are encoded, so that no encoder works on a caption that is not used.
+        dropped = (draws.chance < self.config.caption_dropout).tolist()
+        captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"], strict=True)]
+        context = self.context(batch, captions, latents.shape[2])
+        return self.velocity_loss(FlowBatch(latents, condition, context), draws.noise, draws.sigma)
 
-    def _flow_matching(self, batch: Any, generator: torch.Generator, dropout: float) -> dict[str, Tensor]:
-        latents = self.latents(batch)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        sigma = self.config.flow.sample(len(latents), generator).to(latents)
-        dropped = torch.rand(len(latents), generator=generator) < dropout
-        captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["caption"], strict=True)]
-        return self.velocity_loss(latents, noise, sigma, self.context(batch, captions))
+    def prepare(self, batch: Any, generator: torch.Generator) -> FlowBatch:
+        """What the model learns a batch from: latents and condition as in `loss`, and the whole context.
 
-    def velocity_loss(self, latents: Tensor, noise: Tensor, sigma: Tensor, context: Context) -> dict[str, Tensor]:
-        """The loss of latents ``B C t h w`` under this noise at the levels sigma ``B``: a mean over the samples."""
-        noisy = model_input(interpolate(latents, noise, sigma), self.condition(latents))
-        prediction = self.transformer(noisy, TIMESTEPS * sigma, context.text, context.image).float()
-        target = velocity(latents, noise)
+        The context has every caption and, for guidance, the empty prompt as the negative.
+        """
+        latents, condition = self.conditioned_latents(batch, generator)
+        context = self.context(batch, list(batch["caption"]), latents.shape[2], negative=True)
+        return FlowBatch(latents, condition, context)
+
+    def conditioned_latents(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, Condition]:
+        """Clean latents ``B C t h w`` and what is known of them: the first, and nothing of a single frame."""
+        latents = self._latents(batch)
+        return latents, training_condition(latents, self.transformer.config.mask_channels)
+
+    def draw(self, latents: Tensor, generator: torch.Generator) -> Draws:
+        """Noise, noise levels, and which captions are dropped."""
+        return Draws(
+            noise=torch.randn(latents.shape, generator=generator).to(latents),
+            sigma=self.config.flow.sample(len(latents), generator).to(latents),
+            chance=torch.rand(len(latents), generator=generator),
+        )
+
+    def velocity_loss(self, clean: FlowBatch, noise: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+        """The loss of a batch under noise ``B C t h w`` at the levels sigma ``B``: a mean over the samples."""
+        noisy = model_input(interpolate(clean.latents, noise, sigma), clean.condition)
+        prediction = self.transformer(noisy, TIMESTEPS * sigma, clean.context.text, clean.context.image).float()
+        target = velocity(clean.latents, noise)
         loss = pseudo_huber(prediction, target, self.config.huber_delta, self.config.huber_elements).mean()
         return {"loss": loss, "mse": (prediction.detach() - target).square().mean()}
 
-    def latents(self, batch: Any) -> Tensor:
-        """The batch's latents ``B C t h w``, encoded now if it holds videos."""
+    def _latents(self, batch: Any) -> Tensor:
+        """The batch's latents, encoded now if it holds videos."""
         if "latents" in batch:
             return batch["latents"].float()
         if self.autoencoder is None:
@@ -110,41 +140,35 @@ class FlowMatchingTask(Task):
         with torch.no_grad():
             return self.autoencoder.encode(batch["video"]).float()
 
-    def frames(self, batch: Any) -> int:
-        """t, the latent frames of the batch's clips; of videos, 1 for those of one frame."""
-        return int((batch["latents"] if "latents" in batch else batch["video"]).shape[2])
-
-    def condition(self, latents: Tensor) -> Any:
-        """The image-to-video condition: the first latent of each clip, and nothing of a single frame."""
-        return training_condition(latents, self.transformer.config.mask_channels)
-
-    def context(self, batch: Any, captions: list[str], negative: str | None = None) -> Context:
+    def context(self, batch: Any, captions: Sequence[str], t: int, negative: bool = False) -> Context:
         """Embeddings of captions and first frames, with gradients only if the encoders are trained.
 
-        Those of single frames are zeros, unless ``config.stills_see_image`` says otherwise. Where the batch holds
-        embeddings, a caption is its own or the empty one, and so is the negative.
+        Args:
+            batch: B clips.
+            captions: B of them; where the batch holds embeddings, each is the clip's own or empty.
+            t: Latent frames of the clips. The image features of single frames are zeros, unless
+                ``config.stills_see_image`` says otherwise.
+            negative: Give the empty prompt's embedding as well.
         """
-        if "text" in batch:
-            context = self._kept_context(batch, captions, negative)
-        else:
-            context = self._encoded_context(batch, captions, negative)
-        return context if self.config.stills_see_image else training_context(context, self.frames(batch))
+        embed = self._kept_context if "text" in batch else self._encoded_context
+        context = embed(batch, captions, negative)
+        return context if self.config.stills_see_image else training_context(context, t)
 
-    def _encoded_context(self, batch: Any, captions: list[str], negative: str | None) -> Context:
+    def _encoded_context(self, batch: Any, captions: Sequence[str], negative: bool) -> Context:
         assert self.text_encoder is not None and self.image_encoder is not None
         images = batch["image"] if "image" in batch else batch["video"][:, :, 0]
         with nullcontext() if self.config.trains_encoders else torch.no_grad():
             text = self.text_encoder(captions).embeddings
-            unwanted = None if negative is None else self.text_encoder([negative] * len(captions)).embeddings
-            return Context(text, self.image_encoder(images), unwanted)
+            empty = self.text_encoder([""] * len(captions)).embeddings if negative else None
+            return Context(text, self.image_encoder(images), empty)
 
-    def _kept_context(self, batch: Any, captions: list[str], negative: str | None) -> Context:
+    def _kept_context(self, batch: Any, captions: Sequence[str], negative: bool) -> Context:
         text: Tensor = batch["text"]
-        assert self.empty_text is not None and not negative
+        assert self.empty_text is not None
         empty = self.empty_text.to(text).expand_as(text)
         own = torch.tensor([given == kept for given, kept in zip(captions, batch["caption"], strict=True)])
         chosen = torch.where(own.to(text.device).view(-1, 1, 1), text, empty)
-        return Context(chosen, batch["image_embedding"], None if negative is None else empty)
+        return Context(chosen, batch["image_embedding"], empty if negative else None)
 
     def validate(self, step: int) -> dict[str, Tensor]:
         """The loss on the validation batch with noise that never changes; samples of it, if they can be decoded.
@@ -153,27 +177,26 @@ class FlowMatchingTask(Task):
         """
         if self.validation is None:
             return {}
-        device = next(self.transformer.parameters()).device
-        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.validation.items()}
+        batch = to_device_of(self.transformer, self.validation)
         generator = torch.Generator().manual_seed(0)
-        results = {"loss": self._flow_matching(batch, generator, 0.0)["loss"]}
+        clean = self.prepare(batch, generator)
+        draws = self.draw(clean.latents, generator)
+        results = {"loss": self.velocity_loss(clean, draws.noise, draws.sigma)["loss"]}
         if self.autoencoder is not None:
-            truth, video = self._sample(batch, generator)
+            truth, video = self._sample(batch, clean, generator)
             results["samples"] = frame_grid([truth, video])
             folder = Path(self.config.loop.output_dir, "samples", f"step-{step:08d}")
             if is_main_process():
                 write_samples_if_possible(folder, video, list(batch["caption"]), self.config.validation_fps)
         return results
 
-    def _sample(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _sample(self, batch: Any, clean: FlowBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The validation clips, and videos made from their first frames and captions; ``B 3 T H W`` in [-1, 1]."""
-        assert self.autoencoder is not None
-        latents = self.latents(batch)
         sampled = denoise(
             self.transformer,
-            torch.randn(latents.shape, generator=generator).to(latents),
-            self.condition(latents),
-            self.context(batch, list(batch["caption"]), negative=""),
+            torch.randn(clean.latents.shape, generator=generator).to(clean.latents),
+            clean.condition,
+            clean.context,
             schedule=self.config.flow,
             steps=self.config.validation_steps,
             guidance=self.config.validation_guidance,
@@ -181,7 +204,7 @@ class FlowMatchingTask(Task):
         if "video" in batch:
             first_frames = batch["video"][:, :, :1] if batch["video"].shape[2] > 1 else None
             return batch["video"].cpu(), self._decode(sampled, first_frames)
-        return self._decode(latents), self._decode(sampled)
+        return self._decode(clean.latents), self._decode(sampled)
 
     def _decode(self, latents: Tensor, first_frames: Tensor | None = None) -> Tensor:
         """``B 3 T H W`` on the CPU, one clip at a time: a validation must not need more memory than training does."""

@@ -79,13 +79,11 @@ class RefinerTask(FlowMatchingTask):
             "regularization": asdict(config.regularization),
             "base": "none" if base is None else {**base.public_config, "flow": asdict(config.base_flow)},
         }
-        self._condition: Condition | None = None
 
-    def _flow_matching(self, batch: Any, generator: Generator, dropout: float) -> dict[str, Tensor]:
-        """Flow matching of the high-resolution latents, after their condition is made of the whole batch."""
+    def conditioned_latents(self, batch: Any, generator: Generator) -> tuple[Tensor, Condition]:
+        """High-resolution latents, and the condition that the draft of them makes."""
         low, high = latent_pair(batch, self.autoencoder)
-        self._condition = self.draft_condition(batch, low, high, generator)
-        return super()._flow_matching({**batch, "latents": high}, generator, dropout)
+        return high, self.draft_condition(batch, low, high, generator)
 
     def draft_condition(self, batch: Any, low: Tensor, high: Tensor, generator: Generator) -> Condition:
         """The refiner's condition, regularised while it trains; none for a single frame, which would be the target."""
@@ -103,20 +101,8 @@ class RefinerTask(FlowMatchingTask):
         noise = torch.randn(low.shape, generator=generator).to(low)
         sigma = self.config.base_flow.sample(len(low), generator).to(low)
         known = first_frame_condition(low[:, :, :1], low.shape[2], base.config.mask_channels)
-        return deviation_latents(base, low, noise, sigma, known, self.context(batch, list(batch["caption"])))
-
-    def condition(self, latents: Tensor) -> Condition:
-        """The condition of the batch at hand."""
-        assert self._condition is not None
-        return self._condition
-
-    def latents(self, batch: Any) -> Tensor:
-        """The batch's high-resolution latents."""
-        return batch["high"] if "high" in batch else super().latents(batch)
-
-    def frames(self, batch: Any) -> int:
-        """t, the latent frames of the batch's clips."""
-        return int(batch["high"].shape[2]) if "high" in batch else super().frames(batch)
+        context = self.context(batch, list(batch["caption"]), low.shape[2])
+        return deviation_latents(base, low, noise, sigma, known, context)
 
 
 def train_refiner(config: RefinerConfig, dataset: Any = None, validation: Any = None) -> list[Path]:
