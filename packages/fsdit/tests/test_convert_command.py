@@ -1,4 +1,4 @@
-"""``fsdit convert``: its options reach the conversion, it says what it did, and checks before it works."""
+"""`fsdit convert`: its options reach the conversion, it says what it did, and checks before it works."""
 
 from __future__ import annotations
 

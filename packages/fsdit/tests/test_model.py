@@ -156,7 +156,7 @@ _INNER = {
 
 
 def diffusers_names(name: str) -> list[str]:
-    """The diffusers tensors that, concatenated, are our tensor ``name``."""
+    """The diffusers tensors that, concatenated, are our tensor `name`."""
     if not name.startswith("blocks."):
         new = next((name.replace(a, b, 1) for a, b in _OUTER.items() if name.startswith(a)), name)
         return [new]

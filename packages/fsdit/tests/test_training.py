@@ -91,7 +91,7 @@ def parts(**overrides: Any) -> tuple[FSDiT, TextEncoder, ImageEncoder]:
 def clips(count: int = 64, permuted: bool = False) -> CachedClips:
     """Clips of 3 latents that go up or down from nought, as caption and picture say.
 
-    ``permuted`` gives each clip another one's caption and picture, so that they tell nothing.
+    `permuted` gives each clip another one's caption and picture, so that they tell nothing.
     """
     generator = torch.Generator().manual_seed(0)
     sign = torch.randint(0, 2, (count,), generator=generator) * 2 - 1

@@ -1,7 +1,7 @@
 """FSDiT: Wan2.1-I2V's diffusion transformer over 64x compressed latents, with Layer Memory (paper §2.3.1).
 
-Shapes: latents ``B C t h w``; tokens ``B N D`` with N = t·h·w / prod(patch_size); text ``B L text_dim``;
-image ``B M image_dim``; timestep ``B`` = 1000·sigma. The input stacks noise, mask and condition on channels
+Shapes: latents `B C t h w`; tokens `B N D` with N = t·h·w / prod(patch_size); text `B L text_dim`;
+image `B M image_dim`; timestep `B` = 1000·sigma. The input stacks noise, mask and condition on channels
 (`fsdit.conditioning.model_input`), the output is the velocity of the noise.
 """
 
@@ -60,10 +60,10 @@ class FSDiTBlock(nn.Module):
         states: States,
         into: Tensor | None = None,
     ) -> Tensor:
-        """X_l ``B N D``.
+        """X_l `B N D`.
 
         Args:
-            time: ``B 6 D``.
+            time: `B 6 D`.
             context: text and image, with the cache of a sampling run.
             rotary: the tokens' positions.
             states: X_0 ... X_{l-1}; the newest alone is enough without a router. As separate tensors they are
@@ -76,7 +76,7 @@ class FSDiTBlock(nn.Module):
         return self._body(states[-1], hidden, memory, modulation, keys_values, rotary, into)
 
     def _remember(self, states: States, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """H and Ĥ, both ``B N D``."""
+        """H and Ĥ, both `B N D`."""
         newest = states[-1]
         if self.router is None:
             hidden = modulate(newest, shift, scale, self.eps)
@@ -123,7 +123,7 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x ``B N D`` and time ``B D`` -> ``B N patch_channels``."""
+        """x `B N D` and time `B D` -> `B N patch_channels`."""
         shift, scale = (self.modulation + time.unsqueeze(1)).chunk(2, dim=1)
         return self.head(modulate(x, shift, scale, self.eps))
 
@@ -132,7 +132,7 @@ class FSDiT(StrictModelMixin):
     """The diffusion transformer.
 
     Args:
-        dim: D, token width; divisible by ``num_heads`` into heads of even width.
+        dim: D, token width; divisible by `num_heads` into heads of even width.
         ffn_dim: width inside the feed-forward.
         num_heads: attention heads.
         num_layers: blocks.
@@ -277,14 +277,14 @@ class FSDiT(StrictModelMixin):
         """The velocity eps - z0 that the model predicts.
 
         Args:
-            hidden_states: ``B in_channels t h w``; t, h, w divisible by the patch.
-            timestep: ``B``, 1000·sigma as floats.
-            encoder_hidden_states: text, ``B L text_dim`` with L <= text_len; one text serves any batch.
-            encoder_hidden_states_image: image, ``B M image_dim``; required unless image_dim is None. Likewise.
+            hidden_states: `B in_channels t h w`; t, h, w divisible by the patch.
+            timestep: `B`, 1000·sigma as floats.
+            encoder_hidden_states: text, `B L text_dim` with L <= text_len; one text serves any batch.
+            encoder_hidden_states_image: image, `B M image_dim`; required unless image_dim is None. Likewise.
             cache: keeps what only depends on text and image from call to call, in inference.
 
         Returns:
-            ``B out_channels t h w`` in the dtype of the model's weights (or of autocast).
+            `B out_channels t h w` in the dtype of the model's weights (or of autocast).
 
         Raises:
             ValueError: shapes that do not fit the model or each other.
@@ -331,7 +331,7 @@ class FSDiT(StrictModelMixin):
         return Embedded(self.text_embedding(self._pad_text(text.to(dtype))), embedded_image)
 
     def _run_blocks(self, x: Tensor, time: Tensor, context: Embedded, rotary: Rotary) -> Tensor:
-        """X_L ``B N D``. Every state is kept while Layer Memory may still read it, otherwise only the newest."""
+        """X_L `B N D`. Every state is kept while Layer Memory may still read it, otherwise only the newest."""
         if self.config.layer_memory and not torch.is_grad_enabled():
             return self._run_blocks_in_place(x, time, context, rotary)
         states: tuple[Tensor, ...] = (x,)
@@ -345,7 +345,7 @@ class FSDiT(StrictModelMixin):
         return x
 
     def _run_blocks_in_place(self, x: Tensor, time: Tensor, context: Embedded, rotary: Rotary) -> Tensor:
-        """All states in one buffer ``L + 1 B N D``, which every block writes the next one into."""
+        """All states in one buffer `L + 1 B N D`, which every block writes the next one into."""
         states = x.new_empty(len(self.blocks) + 1, *x.shape)
         states[0] = x
         for index, block in enumerate(self.blocks):
@@ -353,7 +353,7 @@ class FSDiT(StrictModelMixin):
         return states[-1]
 
     def rotary(self, hidden_states: Tensor) -> Rotary:
-        """The positions of the tokens of latents ``B C t h w``; the last few sizes' tables are shared by all calls."""
+        """The positions of the tokens of latents `B C t h w`; the last few sizes' tables are shared by all calls."""
         head_dim = self.config.dim // self.config.num_heads
         return rotary_tables(self._token_grid(hidden_states), head_dim, self.config.rope_theta, hidden_states.device)
 
@@ -362,7 +362,7 @@ class FSDiT(StrictModelMixin):
         return t, h, w
 
     def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """``B (t h w) (pt ph pw C)`` -> ``B C (t pt) (h ph) (w pw)``."""
+        """`B (t h w) (pt ph pw C)` -> `B C (t pt) (h ph) (w pw)`."""
         (t, h, w), (pt, ph, pw) = grid, self.config.patch_size
         x = patches.reshape(len(patches), t, h, w, pt, ph, pw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
         return x.reshape(len(patches), -1, t * pt, h * ph, w * pw)

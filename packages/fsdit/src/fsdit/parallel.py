@@ -1,7 +1,7 @@
 """Context parallelism: the processes of a group share each sample by its tokens (Ulysses, arXiv 2309.14509).
 
 Shapes: N tokens in the whole sequence, n = ceil(N / size) of them in each process, in the order of the ranks; what is
-missing behind the last token is padded with zeros. Inside attention, heads are ``B N heads head_dim``.
+missing behind the last token is padded with zeros. Inside attention, heads are `B N heads head_dim`.
 
 All of a block but self-attention treats every token by itself, Layer Memory and its states included, and so runs on
 the n tokens of its process alone. In self-attention all tokens meet: there the processes share the heads instead. One
@@ -30,7 +30,7 @@ from torch import Tensor
 from fsae.errors import UserError
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""softmax(QKᵀ/√head_dim)V for query, key and value ``B N heads head_dim``, and of that shape."""
+"""softmax(QKᵀ/√head_dim)V for query, key and value `B N heads head_dim`, and of that shape."""
 
 
 class ContextParallel:
@@ -64,7 +64,7 @@ class ContextParallel:
         return self  # a copy of a model works in the same group; groups themselves cannot be copied
 
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This process's n of the N tokens on axis ``dim``, padded with zeros; a copy, so that the whole can go."""
+        """This process's n of the N tokens on axis `dim`, padded with zeros; a copy, so that the whole can go."""
         length = x.shape[dim]
         count = self._tokens(length)
         start = min(self.rank * count, length)
@@ -73,7 +73,7 @@ class ContextParallel:
         return F.pad(own, (*behind, 0, count - own.shape[dim]))
 
     def gather(self, x: Tensor, length: int, dim: int = 1) -> Tensor:
-        """The inverse of ``split``, in every process: n tokens on axis ``dim`` -> all N = ``length`` of them."""
+        """The inverse of `split`, in every process: n tokens on axis `dim` -> all N = `length` of them."""
         dim %= x.ndim
         parts: Tensor = _Gather.apply(x, self.group, self.size)
         return parts.movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, length)
@@ -82,14 +82,14 @@ class ContextParallel:
         """Self-attention of the whole sequence, with the heads shared out.
 
         Args:
-            query: this process's tokens, ``B n heads head_dim``; sent in the dtype of ``value``, as attention has it.
+            query: this process's tokens, `B n heads head_dim`; sent in the dtype of `value`, as attention has it.
             key: likewise.
             value: likewise.
-            attention: called once, with all tokens of this process's heads: ``B N ceil(heads / size) head_dim``.
+            attention: called once, with all tokens of this process's heads: `B N ceil(heads / size) head_dim`.
             length: N, without padding.
 
         Returns:
-            ``B n heads head_dim``; zero for padding tokens.
+            `B n heads head_dim`; zero for padding tokens.
         """
         heads = query.shape[2]
         mine = self._to_heads([query.to(value.dtype), key.to(value.dtype), value], length)
@@ -100,7 +100,7 @@ class ContextParallel:
         return -(-length // self.size)
 
     def _to_heads(self, tensors: list[Tensor], length: int) -> tuple[Tensor, ...]:
-        """Each ``B n heads head_dim`` -> ``B N heads/size head_dim``; all of them in one exchange."""
+        """Each `B n heads head_dim` -> `B N heads/size head_dim`; all of them in one exchange."""
         filled = [F.pad(x, (0, 0, 0, -x.shape[2] % self.size)) for x in tensors]
         by_owner = [x.unflatten(2, (self.size, -1)).movedim(2, 0) for x in filled]  # size B n heads/size head_dim
         received = self._exchange(torch.stack(by_owner, dim=1))  # size 3 B n heads/size head_dim
@@ -108,7 +108,7 @@ class ContextParallel:
         return whole.narrow(2, 0, length).unbind(0)
 
     def _to_tokens(self, x: Tensor, heads: int) -> Tensor:
-        """``B N heads/size head_dim`` -> ``B n heads head_dim``."""
+        """`B N heads/size head_dim` -> `B n heads head_dim`."""
         count = self._tokens(x.shape[1])
         filled = F.pad(x, (0, 0, 0, 0, 0, self.size * count - x.shape[1]))
         by_owner = filled.unflatten(1, (self.size, count)).movedim(1, 0)  # size B n heads/size head_dim
@@ -120,7 +120,7 @@ class ContextParallel:
 
 
 class _AllToAll(torch.autograd.Function):
-    """x ``size ...`` whose entry j is for process j -> ``size ...`` whose entry j came from process j.
+    """x `size ...` whose entry j is for process j -> `size ...` whose entry j came from process j.
 
     As a matrix over all processes' tensors this swaps sender and receiver: it is symmetric, and its own adjoint.
     """
@@ -136,7 +136,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """x ``...`` -> ``size ...``, every process's x in every process; adjoint: each one's gradients, summed by owner."""
+    """x `...` -> `size ...`, every process's x in every process; adjoint: each one's gradients, summed by owner."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None, size: int) -> Tensor:

@@ -4,7 +4,7 @@ A router's weights differ from token to token, from clip to clip and with the no
 l = 2 ... L and every state j = 0 ... l-1 (0 is the patch embedding), their largest value and their mean over all of
 these. Layer 1 has one state and no router.
 
-Shapes: latents ``B C t h w``, normalised.
+Shapes: latents `B C t h w`, normalised.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RouterMap:
     """Weights over all tokens, clips and noise levels that were seen.
 
     Attributes:
-        maximum: ``L-1 L`` float64, layer l in row l-2, state j in column j; nan where the layer has no such state.
+        maximum: `L-1 L` float64, layer l in row l-2, state j in column j; nan where the layer has no such state.
         mean: likewise.
         tokens: how many tokens each figure is of.
     """
@@ -75,7 +75,7 @@ class RouterTally:
     """Running figures of the weights, filled by hooks on the routers.
 
     Attributes:
-        largest: for each layer, ``l`` float64.
+        largest: for each layer, `l` float64.
         total: likewise, sums over tokens.
         tokens: for each layer, how many.
     """
@@ -85,7 +85,7 @@ class RouterTally:
     tokens: dict[int, int] = field(default_factory=dict)
 
     def add(self, layer: int, weights: Tensor) -> None:
-        """Take account of weights ``B N l``."""
+        """Take account of weights `B N l`."""
         flat = weights.detach().flatten(0, -2).double()
         largest, total = flat.amax(dim=0), flat.sum(dim=0)
         if layer in self.tokens:
@@ -143,7 +143,7 @@ def map_routers(
 
     Args:
         model: the transformer, with Layer Memory.
-        clips: batches of clean latents ``B C t h w`` with their text and image embeddings; the first latent is given
+        clips: batches of clean latents `B C t h w` with their text and image embeddings; the first latent is given
             to the model, as in image-to-video; of single frames only the text is.
         schedule: of the noise.
         levels: how many levels, from 1 downwards (`FlowSchedule.sigmas`).
@@ -209,6 +209,6 @@ def cached_clips(
 
 
 def _spread(length: int, samples: int) -> list[int]:
-    """At most ``samples`` of the indices below ``length``, evenly spread."""
+    """At most `samples` of the indices below `length`, evenly spread."""
     count = min(samples, length)
     return [number * length // count for number in range(count)]

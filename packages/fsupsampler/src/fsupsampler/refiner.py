@@ -184,7 +184,7 @@ def deviation_estimate(noise: Tensor, predicted: Tensor) -> Tensor:
 def deviation_latents(
     base: nn.Module, clean: Tensor, noise: Tensor, sigma: Tensor, condition: Condition, context: Context
 ) -> Tensor:
-    """What the refiner's draft is made of in training: the base model's `deviation_estimate` at ``sigma``.
+    """What the refiner's draft is made of in training: the base model's `deviation_estimate` at `sigma`.
 
     Args:
         base: the base FSDiT, in eval mode; one forward pass with its conditional branch alone.

@@ -30,7 +30,7 @@ def regularize(condition: Condition, clean: Tensor, config: RegularizationConfig
 
 
 def shuffle_frames(latents: Tensor, config: RegularizationConfig, generator: Generator) -> Tensor:
-    """Frames after the first out of order, with ``config.shuffle`` probability (paper: 0.5)."""
+    """Frames after the first out of order, with `config.shuffle` probability (paper: 0.5)."""
     batch, _, t = latents.shape[:3]
     orders = [
         frame_order(t, config, generator) if _draw(generator) < config.shuffle else torch.arange(t)
@@ -41,9 +41,9 @@ def shuffle_frames(latents: Tensor, config: RegularizationConfig, generator: Gen
 
 
 def frame_order(t: int, config: RegularizationConfig, generator: Generator) -> Tensor:
-    """A permutation of `0 ... t-1` that keeps 0, of one of three kinds drawn in ``config.shuffle_ratios``.
+    """A permutation of `0 ... t-1` that keeps 0, of one of three kinds drawn in `config.shuffle_ratios`.
 
-    Neighbours: a window of ``config.shuffle_window`` adjacent frames is permuted. Distant: two frames that
+    Neighbours: a window of `config.shuffle_window` adjacent frames is permuted. Distant: two frames that
     are not adjacent change places. All: every frame. Clips too short for two distant frames (t < 4) have all
     permuted instead.
     """
@@ -71,8 +71,8 @@ def replace_frames(
 ) -> Condition:
     """Some drafted frames become the true ones, with mask 1, so that the mask is believed in every frame.
 
-    In a share ``config.replacement`` of the samples; there, each frame with a probability that is uniform
-    between 0 and ``config.replacement_fraction``.
+    In a share `config.replacement` of the samples; there, each frame with a probability that is uniform
+    between 0 and `config.replacement_fraction`.
     """
     batch, _, t = clean.shape[:3]
     chosen = torch.rand(batch, 1, generator=generator) < config.replacement

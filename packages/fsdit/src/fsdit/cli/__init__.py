@@ -1,4 +1,4 @@
-"""The ``fsdit`` command line, a file a command. Nothing here imports torch until a command has read its arguments."""
+"""The `fsdit` command line, a file a command. Nothing here imports torch until a command has read its arguments."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ COMMANDS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run ``fsdit``; returns its exit code."""
+    """Run `fsdit`; returns its exit code."""
     return run("fsdit", "FSDiT, the diffusion transformer of FSVideo.", fsdit.__version__, COMMANDS, argv)

@@ -1,4 +1,4 @@
-"""``fsdit cache``: clips and captions into files of latents and embeddings, encoded once."""
+"""`fsdit cache`: clips and captions into files of latents and embeddings, encoded once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fsae.commandline import read_settings
 
 
 def main(argv: list[str]) -> int:
-    """``fsdit cache``: every field of CacheConfig is a flag and a key of the YAML file."""
+    """`fsdit cache`: every field of CacheConfig is a flag and a key of the YAML file."""
     from fsdit.preparation.config import CacheConfig
 
     description = (

@@ -1,4 +1,4 @@
-"""``fsdit caption``: a list of what a vision-language model says about videos and images."""
+"""`fsdit caption`: a list of what a vision-language model says about videos and images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fsdit.cli.cache import tell_skipped
 
 
 def main(argv: list[str]) -> int:
-    """``fsdit caption``: every field of CaptionConfig is a flag and a key of the YAML file."""
+    """`fsdit caption`: every field of CaptionConfig is a flag and a key of the YAML file."""
     from fsdit.preparation.config import CaptionConfig
 
     description = "Write captions with Qwen2.5-VL. What is written stays; the same command goes on with the rest."

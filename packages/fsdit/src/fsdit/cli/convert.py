@@ -1,4 +1,4 @@
-"""``fsdit convert``: Wan2.1-I2V's transformer into an FSDiT, and its two encoders into folders that FSDiT reads."""
+"""`fsdit convert`: Wan2.1-I2V's transformer into an FSDiT, and its two encoders into folders that FSDiT reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHARD = "5GB"
 
 
 def main(argv: list[str]) -> int:
-    """``fsdit convert``: weights into weights, and a table of what became of them."""
+    """`fsdit convert`: weights into weights, and a table of what became of them."""
     parser = argparse.ArgumentParser(
         prog="fsdit convert",
         description="Convert Wan2.1-I2V-14B's transformer, by its original or by diffusers' names, into an FSDiT with "

@@ -1,4 +1,4 @@
-"""``fsdit router-map``: a picture of what Layer Memory's routers choose."""
+"""`fsdit router-map`: a picture of what Layer Memory's routers choose."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class RouterMapConfig:
 
 
 def main(argv: list[str]) -> int:
-    """``fsdit router-map``: every field of RouterMapConfig is a flag and a key of the YAML file."""
+    """`fsdit router-map`: every field of RouterMapConfig is a flag and a key of the YAML file."""
     description = (
         "Run a transformer on noised clips and draw, for each layer, the largest weight that any token gives each "
         "earlier layer's output (paper, Fig. 6); the table beside the picture has the means as well."

@@ -1,4 +1,4 @@
-"""``fsdit train``: flow matching, a stage of pre-training or fine-tuning."""
+"""`fsdit train`: flow matching, a stage of pre-training or fine-tuning."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fsae.commandline import read_settings
 
 
 def main(argv: list[str]) -> int:
-    """``fsdit train``: every field of TransformerConfig is a flag and a key of the YAML file."""
+    """`fsdit train`: every field of TransformerConfig is a flag and a key of the YAML file."""
     from fsdit.training.config import TransformerConfig
 
     description = "Train FSDiT; the result is OUTPUT_DIR/transformer, with the trained encoders beside it."

@@ -1,7 +1,7 @@
 """The two encoders of what steers the transformer: UMT5 for the prompt, CLIP for the first frame (paper §2.3.1).
 
-Shapes: text embeddings ``B L text_dim`` (L = text_len), image embeddings ``B M image_dim`` (M patches and the class
-token), images ``B 3 H W`` in [-1, 1].
+Shapes: text embeddings `B L text_dim` (L = text_len), image embeddings `B M image_dim` (M patches and the class
+token), images `B 3 H W` in [-1, 1].
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def clean_prompt(prompt: str) -> str:
 
 @dataclass(frozen=True)
 class TextEncoding:
-    """Embeddings ``B text_len text_dim``; per prompt, the tokens that were used and those that did not fit."""
+    """Embeddings `B text_len text_dim`; per prompt, the tokens that were used and those that did not fit."""
 
     embeddings: Tensor
     tokens: tuple[int, ...]
@@ -37,7 +37,7 @@ class TextEncoding:
 
 
 def pad_text(rows: Sequence[Tensor], text_len: int) -> Tensor:
-    """Used rows ``L D`` of B prompts -> ``B text_len D``, zeros behind them."""
+    """Used rows `L D` of B prompts -> `B text_len D`, zeros behind them."""
     return torch.stack([F.pad(text, (0, 0, 0, text_len - len(text))) for text in rows])
 
 
@@ -45,10 +45,10 @@ class TextEncoder(nn.Module):
     """Prompts to text embeddings by a transformers encoder (UMT5).
 
     Args:
-        model: called with ``input_ids`` and ``attention_mask``; its ``last_hidden_state`` is used.
-        tokenizer: a transformers tokenizer whose sequences end with ``eos_token_id``.
+        model: called with `input_ids` and `attention_mask`; its `last_hidden_state` is used.
+        tokenizer: a transformers tokenizer whose sequences end with `eos_token_id`.
         text_len: rows to return. Shorter prompts are continued with zeros *behind* the encoder; of longer ones the
-            first ``text_len - 1`` tokens and the end token are kept, and the rest is counted in ``dropped``.
+            first `text_len - 1` tokens and the end token are kept, and the rest is counted in `dropped`.
     """
 
     model: Any
@@ -66,7 +66,7 @@ class TextEncoder(nn.Module):
         return ([*ids[: self.text_len - 1], ids[-1]], dropped) if dropped else (ids, 0)
 
     def forward(self, prompts: Sequence[str]) -> TextEncoding:
-        """Encode ``B`` prompts; differentiable with respect to the model's weights.
+        """Encode `B` prompts; differentiable with respect to the model's weights.
 
         Raises:
             ValueError: no prompt, or one that stands in no list, whose letters would be taken for prompts.
@@ -88,7 +88,7 @@ class TextEncoder(nn.Module):
 
 
 def resize_for_clip(images: Tensor, size: int) -> Tensor:
-    """``B 3 H W`` -> ``B 3 size size`` straight, without a crop: bicubic, no antialiasing (Wan2.1); float32.
+    """`B 3 H W` -> `B 3 size size` straight, without a crop: bicubic, no antialiasing (Wan2.1); float32.
 
     Images that have this size already are returned as they are, so that resizing early, for a cache, changes nothing.
     """
@@ -105,7 +105,7 @@ class ImageEncoder(nn.Module):
     Frames of any size are taken to the tower's square by `resize_for_clip`.
 
     Args:
-        model: a transformers ``CLIPVisionModel``.
+        model: a transformers `CLIPVisionModel`.
     """
 
     model: Any
@@ -115,13 +115,13 @@ class ImageEncoder(nn.Module):
         self.model = model
 
     def pixel_values(self, images: Tensor) -> Tensor:
-        """``B 3 H W`` in [-1, 1] -> ``B 3 image_size image_size``, normalised for CLIP; float32."""
+        """`B 3 H W` in [-1, 1] -> `B 3 image_size image_size`, normalised for CLIP; float32."""
         resized = resize_for_clip(images, self.model.config.image_size)
         mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (CLIP_MEAN, CLIP_STD))
         return (resized * 0.5 + 0.5 - mean) / std
 
     def forward(self, images: Tensor) -> Tensor:
-        """``B 3 H W`` in [-1, 1] -> ``B M image_dim``; differentiable."""
+        """`B 3 H W` in [-1, 1] -> `B M image_dim`; differentiable."""
         pixels = self.pixel_values(images).to(next(self.model.parameters()).dtype)
         return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
 

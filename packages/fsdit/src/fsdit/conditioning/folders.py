@@ -28,7 +28,7 @@ def load_text_encoder(source: str | Path, text_len: int) -> TextEncoder:
 
     Args:
         source: "nano" for a new nano encoder, or a folder with text_encoder and tokenizer in it.
-        text_len: rows of the text embeddings, the transformer's ``config.text_len``.
+        text_len: rows of the text embeddings, the transformer's `config.text_len`.
 
     Raises:
         UserError: there is no such folder.
@@ -45,7 +45,7 @@ def load_text_encoder(source: str | Path, text_len: int) -> TextEncoder:
 
 
 def load_image_encoder(source: str | Path) -> ImageEncoder:
-    """The image encoder; ``source`` is "nano" or a folder with image_encoder in it, errors as `load_text_encoder`."""
+    """The image encoder; `source` is "nano" or a folder with image_encoder in it, errors as `load_text_encoder`."""
     if str(source) == "nano":
         return ImageEncoder(nano_image_encoder())
     from transformers import CLIPVisionModel
@@ -65,7 +65,7 @@ def image_encoder_fingerprint(source: str | Path) -> str:
 
 
 def _encoders_folder(source: str | Path, or_nano: bool = True) -> Path:
-    """The folder; ``or_nano`` says whether "nano" would have been accepted as well."""
+    """The folder; `or_nano` says whether "nano" would have been accepted as well."""
     if not Path(source).is_dir():
         what = 'neither "nano" nor a folder; give one of them' if or_nano else "no folder; give that of saved encoders"
         raise UserError(f"encoders {str(source)!r} is {what}")

@@ -1,7 +1,7 @@
 """What one call of the transformer is given: noisy latents with what is known of them, and its context (paper §2.3.1).
 
-Shapes: latents ``B C t h w``, masks ``B mask_channels t h w``, text embeddings ``B L text_dim`` (L = text_len), image
-embeddings ``B M image_dim`` (M: patches and the class token).
+Shapes: latents `B C t h w`, masks `B mask_channels t h w`, text embeddings `B L text_dim` (L = text_len), image
+embeddings `B M image_dim` (M: patches and the class token).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Context:
-    """What cross-attention sees: text ``B L D``, image ``B M D'`` and, for guidance, the negative text ``B L D``."""
+    """What cross-attention sees: text `B L D`, image `B M D'` and, for guidance, the negative text `B L D`."""
 
     text: Tensor
     image: Tensor | None = None
@@ -24,7 +24,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Condition:
-    """Known latents ``B C t h w``, zero where nothing is known, and the trust in them, ``B mask_channels t h w``."""
+    """Known latents `B C t h w`, zero where nothing is known, and the trust in them, `B mask_channels t h w`."""
 
     latents: Tensor
     mask: Tensor
@@ -32,7 +32,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class FlowBatch:
-    """Clean latents ``B C t h w``, what the model is told of them, and what steers it."""
+    """Clean latents `B C t h w`, what the model is told of them, and what steers it."""
 
     latents: Tensor
     condition: Condition
@@ -43,7 +43,7 @@ def first_frame_condition(first_latent: Tensor, t: int, mask_channels: int = 4) 
     """The image-to-video condition: the first latent is known, the others are zero and masked out.
 
     Args:
-        first_latent: ``B C 1 h w``.
+        first_latent: `B C 1 h w`.
         t: latent frames of the clip.
         mask_channels: all carry the same value; four, as in Wan2.1, one for each video frame of a latent.
     """
@@ -57,13 +57,13 @@ def first_frame_condition(first_latent: Tensor, t: int, mask_channels: int = 4) 
 
 
 def nothing_known(latents: Tensor, mask_channels: int = 4) -> Condition:
-    """The condition of clips ``B C t h w`` that are made of the prompt alone: zeros, and no trust in them."""
+    """The condition of clips `B C t h w` that are made of the prompt alone: zeros, and no trust in them."""
     batch, _, *grid = latents.shape
     return Condition(torch.zeros_like(latents), latents.new_zeros(batch, mask_channels, *grid))
 
 
 def training_condition(latents: Tensor, mask_channels: int = 4) -> Condition:
-    """The condition that clean clips ``B C t h w`` are learned under: their first latent is known.
+    """The condition that clean clips `B C t h w` are learned under: their first latent is known.
 
     Of a single frame nothing is: its first latent is all of it, so that the model would be shown what it is to find.
     """
@@ -84,7 +84,7 @@ def training_context(context: Context, t: int) -> Context:
 
 
 def model_input(noisy: Tensor, condition: Condition) -> Tensor:
-    """noise ‖ mask ‖ condition on the channel axis: ``B (C + mask_channels + C) t h w``.
+    """noise ‖ mask ‖ condition on the channel axis: `B (C + mask_channels + C) t h w`.
 
     Raises:
         ValueError: they differ in batch, length or size.

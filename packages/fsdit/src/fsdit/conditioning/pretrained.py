@@ -45,7 +45,7 @@ def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None, varia
 
     Args:
         cls: its class.
-        folder: where ``save_pretrained`` put it.
+        folder: where `save_pretrained` put it.
         dtype: to load it in; None is the files' own.
         variant: of the files' names, such as "fp16".
 
@@ -94,7 +94,7 @@ def load_tokenizer(folder: Path, class_name: str | None = None) -> Any:
     """A transformers tokenizer; code that lies in the folder is never run.
 
     Args:
-        folder: where ``save_pretrained`` put it.
+        folder: where `save_pretrained` put it.
         class_name: of the class, as a pipeline's index names it; None leaves the choice to transformers.
 
     Raises:
@@ -125,7 +125,7 @@ def folder_fingerprint(folder: Path, *others: Path) -> str:
     """What decides what an encoder gives, from its files: nothing is loaded but some values of each tensor.
 
     Args:
-        folder: where ``save_pretrained`` put the encoder.
+        folder: where `save_pretrained` put the encoder.
         others: folders whose files belong to it as they are, such as the tokenizer's.
 
     Raises:

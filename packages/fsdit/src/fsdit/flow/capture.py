@@ -50,7 +50,7 @@ class CapturedDenoise:
             self._latents = denoise(model, *self._inputs, **options)
 
     def __call__(self, noise: Tensor, condition: Condition, context: Context) -> Tensor:
-        """As `denoise`, ``B C t h w`` float32.
+        """As `denoise`, `B C t h w` float32.
 
         Raises:
             ValueError: shapes other than those of the examples.

@@ -43,7 +43,7 @@ class FlowSchedule:
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
     def sigmas(self, steps: int) -> tuple[float, ...]:
-        """The ``steps + 1`` levels of a sampling run, from 1 down to 0.
+        """The `steps + 1` levels of a sampling run, from 1 down to 0.
 
         A uniform grid from 1 to 0.001 without its last point, shifted, then 0: diffusers' grid for flow models.
         """
@@ -53,19 +53,19 @@ class FlowSchedule:
         return (*(self.warp(sigma) for sigma in grid), 0.0)
 
     def sample(self, batch: int, generator: Generator | None = None) -> Tensor:
-        """``batch`` training levels on the CPU: logit-normal, shifted (paper §2.3.2)."""
+        """`batch` training levels on the CPU: logit-normal, shifted (paper §2.3.2)."""
         import torch
 
         return self.warp(torch.sigmoid(self.mean + self.std * torch.randn(batch, generator=generator)))
 
 
 def per_sample(sigma: Tensor, like: Tensor) -> Tensor:
-    """``B`` shaped to broadcast over ``like`` ``B ...``; a scalar stays one."""
+    """`B` shaped to broadcast over `like` `B ...`; a scalar stays one."""
     return sigma if sigma.ndim == 0 else sigma.view(-1, *[1] * (like.ndim - 1))
 
 
 def interpolate(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """z_s = (1 - s)·z0 + s·eps for sigma ``B``."""
+    """z_s = (1 - s)·z0 + s·eps for sigma `B`."""
     sigma = per_sample(sigma, clean)
     return (1 - sigma) * clean + sigma * noise
 
@@ -76,15 +76,15 @@ def velocity(clean: Tensor, noise: Tensor) -> Tensor:
 
 
 def clean_from_velocity(noisy: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
-    """The estimate z0 = z_s - s·v for sigma ``B``."""
+    """The estimate z0 = z_s - s·v for sigma `B`."""
     return noisy - per_sample(sigma, noisy) * v
 
 
 def pseudo_huber(prediction: Tensor, target: Tensor, delta: float = 0.25, elements: bool = False) -> Tensor:
-    """sqrt(MSE + delta²) - delta for each sample (``B``), computed in at least float32 (paper §2.3.2).
+    """sqrt(MSE + delta²) - delta for each sample (`B`), computed in at least float32 (paper §2.3.2).
 
     Half a squared error over delta where the error is small, the root mean square error where it is large, so that a
-    single bad clip pulls with bounded force. With ``elements`` each element's error takes the place of the root mean
+    single bad clip pulls with bounded force. With `elements` each element's error takes the place of the root mean
     square error, and the sample's mean is taken last: then a single bad element does.
     """
     error = prediction.float() - target.float() if prediction.itemsize < 4 else prediction - target

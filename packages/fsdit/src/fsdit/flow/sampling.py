@@ -1,6 +1,6 @@
 """Denoising: from noise to latents along the flow, with classifier-free guidance in one batch (paper §3.2).
 
-Shapes: noise and latents ``B C t h w``. State and guidance are kept in float32, and the model is told the unrounded
+Shapes: noise and latents `B C t h w`. State and guidance are kept in float32, and the model is told the unrounded
 timestep 1000·sigma, as in training. What cross-attention makes of prompt and image is the same in every step and is
 made once. Between the first step and the last the host waits for nothing, so that a GPU is never idle and the whole
 run can be one CUDA graph (`fsdit.flow.capture`).
@@ -30,8 +30,8 @@ class Step:
         index: 0 ... total - 1.
         total: number of steps.
         sigma: the noise level the step started from.
-        latents: ``B C t h w`` after the step.
-        clean: the model's (guided) estimate of the clean latents at ``sigma``.
+        latents: `B C t h w` after the step.
+        clean: the model's (guided) estimate of the clean latents at `sigma`.
     """
 
     index: int
@@ -72,7 +72,7 @@ class GuidedVelocity:
         self.cache = {"cache": ContextCache()} if isinstance(model, FSDiT) else {}
 
     def _both_texts(self, context: Context) -> Tensor:
-        """Text and negative, ``2B L D``; a single one of either is repeated."""
+        """Text and negative, `2B L D`; a single one of either is repeated."""
         text, negative = context.text, context.negative
         if negative is None:
             raise UserError(
@@ -87,7 +87,7 @@ class GuidedVelocity:
         return torch.cat([part.expand(batch, -1, -1) if len(part) == 1 else part for part in (text, negative)])
 
     def __call__(self, latents: Tensor, timestep: float) -> Tensor:
-        """Latents ``B C t h w`` at 1000·sigma = timestep -> velocity ``B C t h w``."""
+        """Latents `B C t h w` at 1000·sigma = timestep -> velocity `B C t h w`."""
         inputs = model_input(latents, self.condition)
         if self.branches == 2:
             inputs = torch.cat((inputs, inputs))
@@ -116,17 +116,17 @@ def denoise(
 
     Args:
         model: an FSDiT, or anything called as one.
-        noise: ``B C t h w``, standard normal, drawn by the caller from a CPU generator.
+        noise: `B C t h w`, standard normal, drawn by the caller from a CPU generator.
         condition: known latents and their mask (`fsdit.conditioning.first_frame_condition`).
         context: text, image and negative-text embeddings.
         schedule: the noise levels.
         steps: model evaluations; each costs two samples of batch when guided.
         guidance: classifier-free guidance scale; 1 switches it off.
-        solver: ``unipc`` or ``euler``.
+        solver: `unipc` or `euler`.
         callback: called after every step; it may end the sampling.
 
     Returns:
-        ``B C t h w`` float32.
+        `B C t h w` float32.
     """
     run = make_solver(solver, schedule.sigmas(steps))
     velocity_of = GuidedVelocity(model, condition, context, guidance)

@@ -40,13 +40,13 @@ class Solver(Protocol):
     sigmas: tuple[float, ...]
 
     def step(self, index: int, x: Tensor, velocity: Tensor) -> Tensor:
-        """Latents at level ``index + 1`` from those at ``index`` and the velocity there. Call it once a level, in
+        """Latents at level `index + 1` from those at `index` and the velocity there. Call it once a level, in
         order."""
         ...
 
 
 def make_solver(name: SolverName, sigmas: Sequence[float]) -> Solver:
-    """A solver for one run over ``sigmas``, whose last one is 0.
+    """A solver for one run over `sigmas`, whose last one is 0.
 
     Raises:
         UserError: no solver of that name.

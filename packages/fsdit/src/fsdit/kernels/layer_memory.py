@@ -126,11 +126,11 @@ def _retrieve(
 
 
 def route(x: Tensor, shift: Tensor, scale: Tensor, eps: float, router: LayerRouter) -> tuple[Tensor, Tensor]:
-    """H ``B N D`` in the dtype of x and the router's weights ``B N l``, float32.
+    """H `B N D` in the dtype of x and the router's weights `B N l`, float32.
 
     Args:
-        x: X_{l-1} ``B N D``.
-        shift: of Mod, ``B 1 D`` like ``scale``.
+        x: X_{l-1} `B N D`.
+        shift: of Mod, `B 1 D` like `scale`.
         scale: of Mod.
         eps: of Mod's norm.
         router: its weights are taken in float32.
@@ -174,12 +174,12 @@ def route(x: Tensor, shift: Tensor, scale: Tensor, eps: float, router: LayerRout
 
 
 def retrieve(states: Tensor, weights: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Ĥ ``B N D`` in the states' dtype.
+    """Ĥ `B N D` in the states' dtype.
 
     Args:
-        states: the planes X_0 ... X_{l-1}, ``l B N D``, each contiguous.
-        weights: of the router, ``B N l``.
-        shift: of Mod, ``B 1 D`` like ``scale``.
+        states: the planes X_0 ... X_{l-1}, `l B N D`, each contiguous.
+        weights: of the router, `B N l`.
+        shift: of Mod, `B 1 D` like `scale`.
         scale: of Mod.
         eps: of Mod's norm.
     """
@@ -206,5 +206,5 @@ def retrieve(states: Tensor, weights: Tensor, shift: Tensor, scale: Tensor, eps:
 
 
 def _rows(modulation: Tensor, batch: int) -> Tensor:
-    """``B 1 D`` or ``1 1 D`` -> contiguous float32 ``B D``."""
+    """`B 1 D` or `1 1 D` -> contiguous float32 `B D`."""
     return modulation.float().expand(batch, 1, -1).reshape(batch, -1).contiguous()

@@ -1,6 +1,6 @@
 """Self-attention with separate inputs for queries and for keys and values, and cross-attention to text and image.
 
-Shapes: tokens ``B N D``, text context ``B L D``, image context ``B M D``; inside, heads are ``B N heads head_dim``.
+Shapes: tokens `B N D`, text context `B L D`, image context `B M D`; inside, heads are `B N heads head_dim`.
 Queries and keys pass an RMS norm over their full width before they are split into heads (Wan2.1). K and V share their
 input and hence one projection; Q has an input of its own under Layer Memory (paper §2.3.1, eq. 8).
 """
@@ -19,7 +19,7 @@ from fsdit.parallel import ContextParallel
 
 
 class _Attention(nn.Module, AttentionModuleMixin):
-    """Heads around diffusers' attention dispatcher, so that ``model.set_attention_backend`` chooses the kernel."""
+    """Heads around diffusers' attention dispatcher, so that `model.set_attention_backend` chooses the kernel."""
 
     _attention_backend: Any = None
     _parallel_config: Any = None
@@ -42,7 +42,7 @@ class _Attention(nn.Module, AttentionModuleMixin):
         return x.unflatten(-1, (self.num_heads, -1))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """softmax(QKᵀ/√head_dim)V for ``B N heads head_dim``; of that shape. One key and value serve any batch."""
+        """softmax(QKᵀ/√head_dim)V for `B N heads head_dim`; of that shape. One key and value serve any batch."""
         if len(key) == 1 < len(query):
             key, value = key.expand(len(query), -1, -1, -1), value.expand(len(query), -1, -1, -1)
         return dispatch_attention_fn(query, key, value, backend=self._attention_backend)
@@ -58,7 +58,7 @@ class SelfAttention(_Attention):
     context_parallel: ContextParallel | None = None
 
     def forward(self, hidden: Tensor, memory: Tensor, rotary: Rotary) -> Tensor:
-        """hidden and memory ``B n D`` -> ``B n D``. Without Layer Memory both are the same tensor."""
+        """hidden and memory `B n D` -> `B n D`. Without Layer Memory both are the same tensor."""
         key, value = self.to_kv(memory).chunk(2, dim=-1)
         query = rotate(self.heads(self.norm_q(self.to_q(hidden))), rotary)
         key = rotate(self.heads(self.norm_k(key)), rotary)
@@ -70,8 +70,8 @@ class SelfAttention(_Attention):
 
 
 class KeysValues(NamedTuple):
-    """What a cross-attention makes of its context: keys and values ``B L heads head_dim`` of the text, ``B M heads
-    head_dim`` of the image (None without image). They are the same in every step of a sampling run."""
+    """What a cross-attention makes of its context: keys and values `B L heads head_dim` of the text, `B M heads
+    head_dim` of the image (None without image). They are the same in every step of a sampling run."""
 
     text_key: Tensor
     text_value: Tensor
@@ -91,7 +91,7 @@ class CrossAttention(_Attention):
         self.norm_k_image = FullWidthRMSNorm(dim, eps=eps) if image else None
 
     def keys_values(self, text: Tensor, image: Tensor | None) -> KeysValues:
-        """text ``B L D`` and image ``B M D`` (None only if built without image)."""
+        """text `B L D` and image `B M D` (None only if built without image)."""
         key, value = self.to_kv(text).chunk(2, dim=-1)
         made = KeysValues(self.heads(self.norm_k(key)), self.heads(value))
         if self.to_kv_image is None or self.norm_k_image is None or image is None:
@@ -100,7 +100,7 @@ class CrossAttention(_Attention):
         return made._replace(image_key=self.heads(self.norm_k_image(key)), image_value=self.heads(value))
 
     def forward(self, hidden: Tensor, context: KeysValues) -> Tensor:
-        """hidden ``B N D`` -> ``B N D``."""
+        """hidden `B N D` -> `B N D`."""
         query = self.heads(self.norm_q(self.to_q(hidden)))
         out = self.attend(query, context.text_key, context.text_value)
         if context.image_key is not None and context.image_value is not None:

@@ -8,8 +8,8 @@ X_0 ... X_{l-1} (X_0 is the patch embedding), and their weighted sum
 replaces X_{l-1} as the input of K and V; queries keep X_{l-1}. Weights are shared by the heads. Layer 1 has only X_0
 and therefore no router. Logits, softmax and sum run in at least float32.
 
-The states reach a layer in one of two forms. In inference they are the first l planes ``l B N D`` of one buffer that
-every layer writes its output into. In training they are l tensors ``B N D``, inputs of an autograd function of their
+The states reach a layer in one of two forms. In inference they are the first l planes `l B N D` of one buffer that
+every layer writes its output into. In training they are l tensors `B N D`, inputs of an autograd function of their
 own: it saves no copies, and its backward recomputes what it needs from the states, so that memory grows with the depth
 and not with its square, and recomputing a layer under gradient checkpointing changes nothing.
 """
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fsdit.layers.modulation import at_least_float32, modulate
 
 States = Tensor | tuple[Tensor, ...]
-"""X_0 ... X_{l-1}: planes ``l B N D`` of a buffer, or l tensors ``B N D``."""
+"""X_0 ... X_{l-1}: planes `l B N D` of a buffer, or l tensors `B N D`."""
 
 
 class LayerRouter(nn.Module):
@@ -67,7 +67,7 @@ class LayerRouter(nn.Module):
                 self.gate.zero_()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden ``B N D`` -> weights ``B N l`` that sum to one over l, in at least float32 even under autocast."""
+        """hidden `B N D` -> weights `B N l` that sum to one over l, in at least float32 even under autocast."""
         with _full_precision(hidden):
             wide = at_least_float32(hidden)
             logits = F.linear(wide, self.weight.to(wide.dtype), self.bias.to(wide.dtype))
@@ -80,7 +80,7 @@ class LayerRouter(nn.Module):
 
 
 def mix_states(states: States, weights: Tensor) -> Tensor:
-    """X̂ = Σ_j w_j · X_j ``B N D`` for weights ``B N l``, summed in at least float32 and returned in the states' dtype.
+    """X̂ = Σ_j w_j · X_j `B N D` for weights `B N l`, summed in at least float32 and returned in the states' dtype.
 
     A product per token over the planes of a buffer; a running sum over separate tensors, never a stacked copy of them.
     """
@@ -97,12 +97,12 @@ def mix_states(states: States, weights: Tensor) -> Tensor:
 
 
 def retrieve(states: States, weights: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Ĥ = Mod(X̂) ``B N D``: what a layer's keys and values are made of.
+    """Ĥ = Mod(X̂) `B N D`: what a layer's keys and values are made of.
 
     Args:
         states: X_0 ... X_{l-1}. Planes of a buffer are not differentiated.
-        weights: of the router, ``B N l``.
-        shift: of Mod, ``B 1 D`` like ``scale``.
+        weights: of the router, `B N l`.
+        shift: of Mod, `B 1 D` like `scale`.
         scale: of Mod.
         eps: of Mod's norm.
     """

@@ -2,8 +2,8 @@
 
     Mod(x) = LN(x) * (1 + scale) + shift
 
-Shapes: x ``B N D``; shift, scale and gate ``B 1 D``. Statistics, modulation and gated sums run in at least float32
-and come back in the dtype of ``x``: a bfloat16 model so keeps its residual stream, and with it the layer memory, small.
+Shapes: x `B N D`; shift, scale and gate `B 1 D`. Statistics, modulation and gated sums run in at least float32
+and come back in the dtype of `x`: a bfloat16 model so keeps its residual stream, and with it the layer memory, small.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """``x`` in float32, or untouched where it is already wider."""
+    """`x` in float32, or untouched where it is already wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Mod(x) for x ``B N D`` with shift and scale ``B 1 D``."""
+    """Mod(x) for x `B N D` with shift and scale `B 1 D`."""
     normal = F.layer_norm(at_least_float32(x), x.shape[-1:], eps=eps)
     if torch.is_grad_enabled():
         return torch.addcmul(shift, normal, 1 + scale).type_as(x)
@@ -27,7 +27,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 def add_gated(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * branch, summed in at least float32 and returned in the dtype of ``x``."""
+    """x + gate * branch, summed in at least float32 and returned in the dtype of `x`."""
     return torch.addcmul(at_least_float32(x), at_least_float32(branch), gate).type_as(x)
 
 
@@ -44,7 +44,7 @@ class FullWidthRMSNorm(nn.RMSNorm):
     """x / rms(x) · weight over the last axis, which is the whole width of queries or keys and not a head's (Wan2.1)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x ``... D``. PyTorch has a kernel for this on GPUs; on a CPU it makes six passes, where one reduction and two
+        """x `... D`. PyTorch has a kernel for this on GPUs; on a CPU it makes six passes, where one reduction and two
         products do."""
         plain = x.is_cpu and x.dtype == self.weight.dtype and x.itemsize >= 4
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not plain:

@@ -20,7 +20,7 @@ class Rotary(NamedTuple):
     """Positions of a sequence's tokens.
 
     Attributes:
-        cosine: float32 ``n 1 P`` with P = head_dim / 2 channel pairs.
+        cosine: float32 `n 1 P` with P = head_dim / 2 channel pairs.
         sine: Likewise.
         length: N, the tokens of the whole sequence; n are those at hand, fewer where processes share a sequence.
     """
@@ -56,7 +56,7 @@ def rotary_tables(grid: tuple[int, int, int], head_dim: int, theta: float, devic
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn each adjacent channel pair of x ``B n heads head_dim`` by its token's angle; the dtype of ``x`` is kept.
+    """Turn each adjacent channel pair of x `B n heads head_dim` by its token's angle; the dtype of `x` is kept.
 
     One complex product is far faster than its four real ones where each would be a pass of its own; a compiler fuses
     the real ones and knows no complex numbers.

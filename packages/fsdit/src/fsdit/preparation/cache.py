@@ -1,6 +1,6 @@
-"""``fsdit cache``: a list of clips and captions becomes sharded files of latents and embeddings (paper §2.3.2).
+"""`fsdit cache`: a list of clips and captions becomes sharded files of latents and embeddings (paper §2.3.2).
 
-The list of samples follows from the settings: for each bucket, for each source, its files, ``clips_per_file`` times.
+The list of samples follows from the settings: for each bucket, for each source, its files, `clips_per_file` times.
 Sample N is in shard N // shard_size, and shard k is made by process k % ranks, which asks no other. So what is made
 does not depend on how many processes make it, or how often they are stopped.
 
@@ -54,7 +54,7 @@ Out = TypeVar("Out")
 
 
 class Place(NamedTuple):
-    """A sample of the list, before it is read: ``item`` of the clips, drawn for the ``epoch``-th time."""
+    """A sample of the list, before it is read: `item` of the clips, drawn for the `epoch`-th time."""
 
     number: int
     bucket: int
@@ -64,7 +64,7 @@ class Place(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """A sample that was read, ``3 T H W`` in [-1, 1], and its span; or why it could not be."""
+    """A sample that was read, `3 T H W` in [-1, 1], and its span; or why it could not be."""
 
     place: Place
     video: Tensor | None
@@ -199,7 +199,7 @@ def _encode(
     prompts: PromptCache,
     todo: dict[int, list[Place]],
 ) -> None:
-    """Make the shards in ``todo``, one after the other."""
+    """Make the shards in `todo`, one after the other."""
 
     def read(place: Place) -> Clip:
         try:
@@ -235,7 +235,7 @@ def _encode(
 def encode_batch(
     config: CacheConfig, autoencoder: FSAE, image_encoder: ImageEncoder, batch: list[Clip]
 ) -> tuple[Tensor, Tensor]:
-    """Latents ``B c t h w`` and image embeddings ``B M D'`` of clips of one size, on the CPU."""
+    """Latents `B c t h w` and image embeddings `B M D'` of clips of one size, on the CPU."""
     video = torch.stack([clip.video for clip in batch if clip.video is not None])
     video = video.to(next(autoencoder.parameters()).device)
     memory = int(config.memory_gb * 1e9) or None
@@ -267,7 +267,7 @@ def _sample(clips: BucketedClips, prompts: PromptCache, clip: Clip, latents: Ten
 def _readable(
     read: Iterable[Clip], clips: BucketedClips, skipped: list[tuple[str, str]], progress: tqdm
 ) -> Iterator[Clip]:
-    """The clips that were read; the others are noted in ``skipped``."""
+    """The clips that were read; the others are noted in `skipped`."""
     for clip in read:
         progress.update()
         if clip.video is None:
@@ -277,14 +277,14 @@ def _readable(
 
 
 def _batches(clips: Iterable[Clip], size: int) -> Iterator[list[Clip]]:
-    """Lists of up to ``size`` clips that follow one another and are of one bucket."""
+    """Lists of up to `size` clips that follow one another and are of one bucket."""
     for _, group in groupby(clips, key=lambda clip: clip.place.bucket):
         while batch := list(islice(group, size)):
             yield batch
 
 
 def ahead(function: Callable[[In], Out], items: Iterable[In], threads: int) -> Generator[Out]:
-    """``map``, by threads that stay a few items ahead of the one who asks, and no more."""
+    """`map`, by threads that stay a few items ahead of the one who asks, and no more."""
     waiting: deque[Future[Out]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:

@@ -1,4 +1,4 @@
-"""``fsdit caption``: what a vision-language model says about videos and images, as a list that trainings read.
+"""`fsdit caption`: what a vision-language model says about videos and images, as a list that trainings read.
 
 Paper §2.3.2 trains on captioned clips; for material without captions this writes them with Qwen2.5-VL. Answers are
 kept as they come in OUTPUT.partial, a line each, and become OUTPUT when all are there; what a stopped job has in either
@@ -40,7 +40,7 @@ _SMALLEST = 56 * 56  # pixels of a picture, below which it is enlarged
 
 
 class Captioner(Protocol):
-    """Says what is seen in the frames of a video, uint8 ``H W 3`` each, or in one image."""
+    """Says what is seen in the frames of a video, uint8 `H W 3` each, or in one image."""
 
     def __call__(self, frames: Sequence[Picture], /) -> str: ...
 
@@ -108,7 +108,7 @@ def _ask(
     target: Path,
     skipped: dict[str, str],
 ) -> dict[Key, str]:
-    """The answers, each written to ``unfinished`` as it comes; what cannot be read goes to ``skipped``."""
+    """The answers, each written to `unfinished` as it comes; what cannot be read goes to `skipped`."""
     answers: dict[Key, str] = {}
     _end_last_line(unfinished)
     with unfinished.open("a", encoding="utf-8") as file:
@@ -194,7 +194,7 @@ class QwenCaptioner(nn.Module):
     """Qwen2.5-VL by transformers; the frames of a video are shown as pictures one after another.
 
     Args:
-        model: a ``Qwen2_5_VLForConditionalGeneration``.
+        model: a `Qwen2_5_VLForConditionalGeneration`.
         tokenizer: its own.
         prompt: what it is asked.
         max_pixels: pixels of a frame; larger ones are scaled down.

@@ -1,7 +1,7 @@
 """Prompt embeddings on disk: the text encoder, larger than all else, is loaded only for prompts never met before.
 
 An entry's name is a hash of what decides it: the cleaned prompt, text_len, and the encoder's and tokenizer's
-fingerprint. It holds the used rows, ``L D``. Several processes may share a folder: entries appear whole, and two that
+fingerprint. It holds the used rows, `L D`. Several processes may share a folder: entries appear whole, and two that
 make the same one write the same values.
 """
 
@@ -28,7 +28,7 @@ from fsdit.conditioning.folders import loaded
 
 
 class PromptRows(NamedTuple):
-    """A prompt's embedding without its padding, ``L D``, and how many of its tokens did not fit."""
+    """A prompt's embedding without its padding, `L D`, and how many of its tokens did not fit."""
 
     rows: Tensor
     dropped: int
@@ -93,7 +93,7 @@ class PromptCache:
     def encode(
         self, prompts: Sequence[str], load: Callable[[], TextEncoder], device: str | torch.device = "cpu"
     ) -> TextEncoding:
-        """The embeddings ``B text_len D`` of B prompts on the CPU, as the encoder gives them; arguments as `fill`."""
+        """The embeddings `B text_len D` of B prompts on the CPU, as the encoder gives them; arguments as `fill`."""
         self.fill(prompts, load, device)
         entries = [self.require(prompt) for prompt in prompts]
         embeddings = pad_text([entry.rows for entry in entries], self.text_len)

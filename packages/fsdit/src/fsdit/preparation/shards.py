@@ -172,7 +172,7 @@ def begin(folder: Path, header: Header) -> None:
 
 
 def write_empty(folder: Path, text: Tensor) -> None:
-    """Write the embedding of the empty prompt, ``L D``."""
+    """Write the embedding of the empty prompt, `L D`."""
     _write_tensors(folder / _EMPTY, {"text": text})
 
 
@@ -186,7 +186,7 @@ def write_shard(
 
 
 def finished(folder: Path, number: int, verify: bool = False) -> Shard | None:
-    """What a shard holds; None if it is not there or not whole, by its size, with ``verify`` by its hash."""
+    """What a shard holds; None if it is not there or not whole, by its size, with `verify` by its hash."""
     try:
         shard = read_shard(folder, number)
     except UserError:
@@ -278,7 +278,7 @@ def verify_shards(folder: Path, shards: Sequence[Shard]) -> Iterator[Path]:
 
 
 def read_empty(folder: Path) -> Tensor:
-    """The embedding of the empty prompt, ``L D``."""
+    """The embedding of the empty prompt, `L D`."""
     try:
         with safe_open(folder / _EMPTY, framework="pt") as file:
             text: Tensor = file.get_tensor("text")

@@ -2,11 +2,11 @@
 
 A sample is one of three:
 
-- a clip, ``{"video": 3 T H W in [-1, 1], "caption": str}`` (`fsae.data.datasets.VideoFolder`), encoded on the fly;
-- what is left of it once the frozen autoencoder has done its part, ``{"latents": C t h w, "caption": str,
-  "image": 3 S S}`` with the first frame at the image encoder's size (`CachedClips`, in memory);
-- what is left once the frozen encoders have done theirs, ``{"latents": C t h w, "text": L D, "image_embedding": M D',
-  "caption": str}`` (`CachedLatents`, on disk).
+- a clip, `{"video": 3 T H W in [-1, 1], "caption": str}` (`fsae.data.datasets.VideoFolder`), encoded on the fly;
+- what is left of it once the frozen autoencoder has done its part, `{"latents": C t h w, "caption": str,
+  "image": 3 S S}` with the first frame at the image encoder's size (`CachedClips`, in memory);
+- what is left once the frozen encoders have done theirs, `{"latents": C t h w, "text": L D, "image_embedding": M D',
+  "caption": str}` (`CachedLatents`, on disk).
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class CachedClips(Dataset[LatentClip]):
     """Encoded clips of one size in memory.
 
     Args:
-        latents: ``M C t h w``, normalised.
+        latents: `M C t h w`, normalised.
         captions: M.
-        images: ``M 3 S S``, first frames as `resize_for_clip` leaves them.
+        images: `M 3 S S`, first frames as `resize_for_clip` leaves them.
     """
 
     def __init__(self, latents: Tensor, captions: Sequence[str], images: Tensor) -> None:
@@ -93,9 +93,9 @@ def encode_clips(dataset: Any, autoencoder: FSAE, image_size: int, batch_size: i
     """Encode every clip of a map-style dataset once, on the autoencoder's device; images are kept in half precision.
 
     Args:
-        dataset: items ``{"video": 3 T H W, "caption": str}``, all of one size.
+        dataset: items `{"video": 3 T H W, "caption": str}`, all of one size.
         autoencoder: gives the latents.
-        image_size: S, the image encoder's ``image_size``.
+        image_size: S, the image encoder's `image_size`.
         batch_size: clips encoded together.
     """
     device = next(autoencoder.parameters()).device
@@ -109,8 +109,8 @@ def encode_clips(dataset: Any, autoencoder: FSAE, image_size: int, batch_size: i
 
 
 class CachedSample(TypedDict):
-    """A sample of `CachedLatents`, all of float32: latents ``C t h w``, text ``L D`` (the used rows), image embedding
-    ``M D'`` of the first frame."""
+    """A sample of `CachedLatents`, all of float32: latents `C t h w`, text `L D` (the used rows), image embedding
+    `M D'` of the first frame."""
 
     latents: Tensor
     text: Tensor
@@ -119,9 +119,9 @@ class CachedSample(TypedDict):
 
 
 class CachedLatents(Dataset[CachedSample]):
-    """Map-style dataset of what ``fsdit cache`` wrote; tensors are mapped from the files and read when asked for.
+    """Map-style dataset of what `fsdit cache` wrote; tensors are mapped from the files and read when asked for.
 
-    It brings its own order, so that each micro-batch has one shape, and ``collate`` for it. A sample is the same in
+    It brings its own order, so that each micro-batch has one shape, and `collate` for it. A sample is the same in
     all epochs.
 
     Args:
@@ -131,7 +131,7 @@ class CachedLatents(Dataset[CachedSample]):
             None takes any.
 
     Attributes:
-        empty_text: The embedding of the empty prompt, ``L D``, for caption dropout (`pad_text` gives it its rows).
+        empty_text: The embedding of the empty prompt, `L D`, for caption dropout (`pad_text` gives it its rows).
         text_len: Rows of a batch's text.
         settings: What decides the samples, as JSON, for a checkpoint to compare.
         samples: What is known of each sample: path, span, caption, shape.
@@ -206,7 +206,7 @@ class CachedLatents(Dataset[CachedSample]):
         return BucketOrder(self.buckets, seed, batch_size, accumulation, processes, rank)
 
     def collate(self, items: Sequence[CachedSample]) -> dict[str, Any]:
-        """A batch of one shape: latents ``B C t h w``, text ``B text_len D``, image_embedding ``B M D'``, caption B."""
+        """A batch of one shape: latents `B C t h w`, text `B text_len D`, image_embedding `B M D'`, caption B."""
         return {
             "latents": torch.stack([item["latents"] for item in items]),
             "text": pad_text([item["text"] for item in items], self.text_len),

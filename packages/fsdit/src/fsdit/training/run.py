@@ -26,13 +26,13 @@ from fsdit.training.task import FlowMatchingTask, check_widths
 
 
 def train_transformer(config: TransformerConfig, dataset: Any = None, validation: Any = None) -> list[Path]:
-    """Train an FSDiT and save it in ``output_dir/transformer``, with the encoders beside it if they were trained.
+    """Train an FSDiT and save it in `output_dir/transformer`, with the encoders beside it if they were trained.
 
     What does not fit is refused before the transformer is built.
 
     Args:
         config: The training.
-        dataset: Samples to train on (`fsdit.training.data`); those that ``config`` describes if None.
+        dataset: Samples to train on (`fsdit.training.data`); those that `config` describes if None.
         validation: Likewise the held-out samples.
 
     Returns:
@@ -62,7 +62,7 @@ def train_transformer(config: TransformerConfig, dataset: Any = None, validation
 class _Clips:
     """What to train on, what is held out, and of that the batch to validate on, None if the run never does.
 
-    With an embedding of the empty prompt, ``L D``, samples hold embeddings, and no encoder is needed.
+    With an embedding of the empty prompt, `L D`, samples hold embeddings, and no encoder is needed.
     """
 
     samples: Any
@@ -75,7 +75,7 @@ class _Clips:
 def _read_clips(
     config: TransformerConfig, outline: FSDiT, autoencoder: FSAE | None, dataset: Any, validation: Any
 ) -> _Clips:
-    """The clips that ``config`` describes, or those given."""
+    """The clips that `config` describes, or those given."""
     if dataset is None and config.cache:
         dataset = CachedLatents(config.cache)
     if isinstance(dataset, CachedLatents):

@@ -16,7 +16,7 @@ from fsae.storage.files import atomic_path, write_json
 
 
 def write_samples(folder: Path, videos: Tensor, captions: Sequence[str], fps: float) -> None:
-    """Write clips ``B 3 T H W`` in [-1, 1] as NUMBER.mp4, single frames as NUMBER.png, and captions.json of them."""
+    """Write clips `B 3 T H W` in [-1, 1] as NUMBER.mp4, single frames as NUMBER.png, and captions.json of them."""
     folder.mkdir(parents=True, exist_ok=True)
     suffix = "mp4" if videos.shape[2] > 1 else "png"
     names = [f"{number:02}.{suffix}" for number in range(len(videos))]

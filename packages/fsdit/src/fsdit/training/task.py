@@ -29,7 +29,7 @@ from fsdit.training.samples import write_samples_if_possible
 
 
 class Draws(NamedTuple):
-    """What is drawn for a batch: noise ``B C t h w``, levels sigma ``B``, and ``B`` numbers in [0, 1) of which those
+    """What is drawn for a batch: noise `B C t h w`, levels sigma `B`, and `B` numbers in [0, 1) of which those
     below the dropout drop a caption."""
 
     noise: Tensor
@@ -43,18 +43,18 @@ class FlowMatchingTask(Task):
     A clip of one frame is learned from its caption alone, as text-to-image: its first latent and its first frame are
     what is to be found.
 
-    Batches hold ``latents`` ``B C t h w`` or ``video`` ``B 3 T H W``; ``caption``, B strings; and of these either the
-    embeddings ``text`` ``B L D`` and ``image_embedding`` ``B M D'``, or what the encoders make them of: the captions,
-    and ``image`` ``B 3 S S``, without which the video's first frame is taken.
+    Batches hold `latents` `B C t h w` or `video` `B 3 T H W`; `caption`, B strings; and of these either the
+    embeddings `text` `B L D` and `image_embedding` `B M D'`, or what the encoders make them of: the captions,
+    and `image` `B 3 S S`, without which the video's first frame is taken.
 
     Args:
         transformer: Trained.
-        text_encoder: Trained with it if ``config.trains_encoders``, else only read; None where batches hold embeddings.
+        text_encoder: Trained with it if `config.trains_encoders`, else only read; None where batches hold embeddings.
         image_encoder: Likewise.
         config: Loss, noise levels, dropout, rates, validation sampling.
         autoencoder: Frozen; needed for batches of videos, and to show validation samples.
         validation: A batch to validate on.
-        empty_text: ``L D``, the embedding of the empty prompt; needed where batches hold embeddings.
+        empty_text: `L D`, the embedding of the empty prompt; needed where batches hold embeddings.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class FlowMatchingTask(Task):
         return FlowBatch(latents, condition, context)
 
     def conditioned_latents(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, Condition]:
-        """Clean latents ``B C t h w`` and what is known of them: the first, and nothing of a single frame."""
+        """Clean latents `B C t h w` and what is known of them: the first, and nothing of a single frame."""
         latents = self._latents(batch)
         return latents, training_condition(latents, self.transformer.config.mask_channels)
 
@@ -124,7 +124,7 @@ class FlowMatchingTask(Task):
         )
 
     def velocity_loss(self, clean: FlowBatch, noise: Tensor, sigma: Tensor) -> dict[str, Tensor]:
-        """The loss of a batch under noise ``B C t h w`` at the levels sigma ``B``: a mean over the samples."""
+        """The loss of a batch under noise `B C t h w` at the levels sigma `B`: a mean over the samples."""
         noisy = model_input(interpolate(clean.latents, noise, sigma), clean.condition)
         prediction = self.transformer(noisy, TIMESTEPS * sigma, clean.context.text, clean.context.image).float()
         target = velocity(clean.latents, noise)
@@ -147,7 +147,7 @@ class FlowMatchingTask(Task):
             batch: B clips.
             captions: B of them; where the batch holds embeddings, each is the clip's own or empty.
             t: Latent frames of the clips. The image features of single frames are zeros, unless
-                ``config.stills_see_image`` says otherwise.
+                `config.stills_see_image` says otherwise.
             negative: Give the empty prompt's embedding as well.
         """
         embed = self._kept_context if "text" in batch else self._encoded_context
@@ -191,7 +191,7 @@ class FlowMatchingTask(Task):
         return results
 
     def _sample(self, batch: Any, clean: FlowBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The validation clips, and videos made from their first frames and captions; ``B 3 T H W`` in [-1, 1]."""
+        """The validation clips, and videos made from their first frames and captions; `B 3 T H W` in [-1, 1]."""
         sampled = denoise(
             self.transformer,
             torch.randn(clean.latents.shape, generator=generator).to(clean.latents),
@@ -207,21 +207,21 @@ class FlowMatchingTask(Task):
         return self._decode(clean.latents), self._decode(sampled)
 
     def _decode(self, latents: Tensor, first_frames: Tensor | None = None) -> Tensor:
-        """``B 3 T H W`` on the CPU, one clip at a time: a validation must not need more memory than training does."""
+        """`B 3 T H W` on the CPU, one clip at a time: a validation must not need more memory than training does."""
         assert self.autoencoder is not None
         firsts = [None] * len(latents) if first_frames is None else first_frames.split(1)
         clips = [self.autoencoder.decode(*pair) for pair in zip(latents.split(1), firsts, strict=True)]
         return torch.cat([clip.float().clamp(-1, 1).cpu() for clip in clips])
 
     def share_samples(self, group: dist.ProcessGroup | None) -> None:
-        """Split the transformer's tokens over the processes of ``group``."""
+        """Split the transformer's tokens over the processes of `group`."""
         if group is None:
             self.transformer.disable_context_parallel()
         else:
             self.transformer.enable_context_parallel(group)
 
     def parameter_groups(self, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-        """The default groups, but the routers apart: ``router_rate`` times the learning rate and no decay."""
+        """The default groups, but the routers apart: `router_rate` times the learning rate and no decay."""
         routers = self.transformer.router_parameters()
         apart = {id(p) for p in routers}
         groups = super().parameter_groups(optimizer)

@@ -1,7 +1,7 @@
 """Training pairs: a clip's latents and those of its half-size copy (paper §2.4.1).
 
 A sample is either a clip (`fsae.data.datasets.VideoFolder`), which the training halves and encodes on the
-fly, or ``{"low": C t h w, "high": C t 2h 2w, "caption": str, "image": 3 S S}`` encoded beforehand.
+fly, or `{"low": C t h w, "high": C t 2h 2w, "caption": str, "image": 3 S S}` encoded beforehand.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def encode_pairs(dataset: Any, autoencoder: FSAE, image_size: int, batch_size: i
     """Encode every clip of a map-style dataset once at both sizes.
 
     Args:
-        dataset: items ``{"video": 3 T H W, "caption": str}``, all of one size, H and W multiples of 128.
+        dataset: items `{"video": 3 T H W, "caption": str}`, all of one size, H and W multiples of 128.
         autoencoder: on the device that encodes.
-        image_size: S, the image encoder's ``image_size``.
+        image_size: S, the image encoder's `image_size`.
         batch_size: clips encoded together.
     """
     low = encode_clips(HalvedClips(dataset), autoencoder, image_size, batch_size)

@@ -32,8 +32,8 @@ class RefinerTask(FlowMatchingTask):
 
     A clip of one frame has none: it is learned from its caption alone.
 
-    Batches hold ``low`` ``B C t h w``, ``high`` ``B C t 2h 2w`` and ``image`` ``B 3 S S``, or ``video`` ``B 3
-    T H W``; and ``caption``, B strings.
+    Batches hold `low` `B C t h w`, `high` `B C t 2h 2w` and `image` `B 3 S S`, or `video` `B 3
+    T H W`; and `caption`, B strings.
 
     Args:
         refiner: Trained, and with it the percentiles of the dynamic mask.
@@ -106,11 +106,11 @@ class RefinerTask(FlowMatchingTask):
 
 
 def train_refiner(config: RefinerConfig, dataset: Any = None, validation: Any = None) -> list[Path]:
-    """Train a refiner and save it in ``output_dir/refiner``, its mask in ``output_dir/dynamic_mask``.
+    """Train a refiner and save it in `output_dir/refiner`, its mask in `output_dir/dynamic_mask`.
 
     Args:
         config: The training.
-        dataset: Samples to train on (`fsupsampler.training.data`); the ``VideoFolder`` that ``config`` describes if
+        dataset: Samples to train on (`fsupsampler.training.data`); the `VideoFolder` that `config` describes if
             None.
         validation: Likewise the held-out samples.
 

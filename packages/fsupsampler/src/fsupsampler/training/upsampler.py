@@ -27,7 +27,7 @@ from fsupsampler.upsampler import LatentUpsampler, nearest_upsample
 class UpsamplerTask(Task):
     """Draft the high-resolution latents from the low-resolution ones.
 
-    Batches hold ``low`` ``B C t h w`` and ``high`` ``B C t 2h 2w``, or ``video`` ``B 3 T H W``, or, for
+    Batches hold `low` `B C t h w` and `high` `B C t 2h 2w`, or `video` `B 3 T H W`, or, for
     losses on decoded pixels of encoded pairs, all three.
 
     Args:
@@ -96,11 +96,11 @@ class UpsamplerTask(Task):
 
 
 def train_upsampler(config: UpsamplerConfig, dataset: Any = None, validation: Any = None) -> list[Path]:
-    """Train a LatentUpsampler and save it in ``output_dir/upsampler``.
+    """Train a LatentUpsampler and save it in `output_dir/upsampler`.
 
     Args:
         config: The training.
-        dataset: Samples to train on (`fsupsampler.training.data`); the ``VideoFolder`` that ``config`` describes if
+        dataset: Samples to train on (`fsupsampler.training.data`); the `VideoFolder` that `config` describes if
             None.
         validation: Likewise the held-out samples.
 
