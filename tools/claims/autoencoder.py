@@ -42,7 +42,7 @@ from fsae.losses.perceptual import PerceptualLoss
 from fsae.model import FSAE
 from fsae.stages.config import AdversarialConfig, AlignmentConfig, AutoencoderConfig
 from fsae.stages.start import prepared_model
-from fsae.stages.task import make_task, measure_latent_statistics
+from fsae.stages.task import AutoencoderTask, measure_latent_statistics
 from fsae.storage.files import atomic_path
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
@@ -174,7 +174,7 @@ def train_run(run: Run, deadline: float) -> bool:
             return False
         config = configuration(run, steps)
         torch.manual_seed(0)
-        task = make_task(config, prepared_model(config))
+        task = AutoencoderTask(config, prepared_model(config))
         result = train(task, dataset, config.loop)
         if result.step < steps:
             return False

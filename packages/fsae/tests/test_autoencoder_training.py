@@ -21,6 +21,7 @@ from fsae.losses.perceptual import PerceptualLoss
 from fsae.model import FSAE
 from fsae.stages import task as autoencoder
 from fsae.stages.config import AutoencoderConfig
+from fsae.stages.objective import Lpips, Objective
 from fsae.stages.task import (
     AutoencoderTask,
     measure_latent_statistics,
@@ -77,7 +78,9 @@ def test_the_loss_is_l1_plus_weighted_lpips(tmp_path: Path, lpips_state: dict[st
     video = torch.stack([Colours()[i]["video"] for i in range(2)])
 
     def loss(*arguments: Any) -> dict[str, Tensor]:
-        return AutoencoderTask(model, *arguments).loss({"video": video}, torch.Generator().manual_seed(1))
+        objective = Objective(Lpips(*arguments)) if arguments else Objective()
+        task = AutoencoderTask(configuration(tmp_path, tmp_path), model, objective)
+        return task.loss({"video": video}, torch.Generator().manual_seed(1))
 
     result = model(video, torch.Generator().manual_seed(1))
     l1 = (result - video).abs().mean()
@@ -165,7 +168,7 @@ def test_options_reach_their_consumers(
     assert loop is settings.loop
     assert clips.settings == {"frames": 5, "size": [64, 128], "stride": 2, "seed": 5}
     assert clips.source == tmp_path / "data"
-    assert task.perceptual_weight == 0.7 and task.perceptual is not None
+    assert task.objective.perceptual.weight == 0.7
     assert task.validation.shape == (1, 3, 5, 64, 128)  # three are wanted, there is one
     assert not any(m.conv.weight.any() for m in task.model.modules() if isinstance(m, Upsample))  # it starts small
     kernels = [p for p in task.model.parameters() if p.ndim == 5 and min(p.shape[:2]) > 1 and p.shape[-1] > 1]

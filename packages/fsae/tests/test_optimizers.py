@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fsae.errors import UserError
 from fsae.model import FSAE
+from fsae.stages.config import AutoencoderConfig
 from fsae.stages.task import AutoencoderTask
 from fsae.storage.files import read_json, write_json
 from fsae.training.checkpointing import check_settings, checkpoints, load_tensors
@@ -359,7 +360,7 @@ def test_an_autoencoder_learns_by_it_on_one_process_under_any_sharding(tmp_path:
     model = FSAE.from_preset("nano", noise=0.0, **sizes).to(memory_format=torch.channels_last_3d)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     settings = config(tmp_path, max_steps=2, batch_size=1, sharding=sharding)
-    result = train(AutoencoderTask(model), Images(1, 64), settings)
+    result = train(AutoencoderTask(AutoencoderConfig("none", settings), model), Images(1, 64), settings)
     held = result.engine.optimizer.state
     assert sum("momentum_buffer" in state for state in held.values()) == len(matrices([model]))
     stages = {name: p for name, p in model.named_parameters() if name.endswith("conv1.weight")}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fsae.model import FSAE
+from fsae.stages.config import AutoencoderConfig
 from fsae.stages.task import AutoencoderTask
 from fsae.storage.files import read_json
 from fsae.training import checkpointing
@@ -45,7 +46,7 @@ class Restless(AutoencoderTask):
     """Draws on every random state there is, and can kill its own process."""
 
     def __init__(self, model: FSAE, kill_at: int | None) -> None:
-        super().__init__(model)
+        super().__init__(AutoencoderConfig("none", LoopConfig("none")), model)
         self.kill_at = kill_at
 
     def loss(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from torch.nn.functional import softplus
 
 from fsae.errors import UserError
 from fsae.model import FSAE
+from fsae.stages.config import AutoencoderConfig
 from fsae.stages.task import AutoencoderTask
 from fsae.storage.files import read_json
 from fsae.training.checkpointing import checkpoints, load_tensors
@@ -127,6 +128,10 @@ def adversarial(folder: Path, batch_size: int, steps: int, **changes: Any) -> tu
     return task, train(task, Points(), config(folder, batch_size, steps, **changes))
 
 
+def autoencoder(settings: LoopConfig) -> None:
+    train(AutoencoderTask(AutoencoderConfig("none", settings), tiny_fsae()), Clips(), settings)
+
+
 def process(folder: Path, kind: Any) -> None:
     """What each of the two processes does."""
     adversarial(folder / "net", 2, 3, sharding=kind)
@@ -143,7 +148,7 @@ def process(folder: Path, kind: Any) -> None:
     }
     (folder / f"facts-{result.is_main_process}.json").write_text(json.dumps(facts))
     adversarial(folder / "net", 2, 8)  # the same run goes on with the whole model in each process
-    train(AutoencoderTask(tiny_fsae()), Clips(), config(folder / "fsae", 1, 3, sharding=kind))
+    autoencoder(config(folder / "fsae", 1, 3, sharding=kind))
 
 
 def held(parameter: Any) -> int:
@@ -171,7 +176,7 @@ def test_two_processes_with_half_a_model_each_equal_one(tmp_path: Path, kind: st
 
     task, _ = adversarial(tmp_path / "one", 4, 8)
     assert_equal_checkpoints(tmp_path / "one", tmp_path / "two" / "net")  # 3 and 3 steps split, 2 steps whole
-    train(AutoencoderTask(tiny_fsae()), Clips(), config(tmp_path / "fsae", 2, 3))
+    autoencoder(config(tmp_path / "fsae", 2, 3))
     assert_equal_checkpoints(tmp_path / "fsae", tmp_path / "two" / "fsae")
 
     _, at_six = adversarial(tmp_path / "six", 4, 6)

@@ -21,7 +21,7 @@ from fsae.data.video import write_video
 from fsae.errors import CheckpointError, UserError
 from fsae.losses.alignment import TrunkTeacher
 from fsae.model import FSAE
-from fsae.stages import start as beginnings
+from fsae.stages import start
 from fsae.stages import task as autoencoder
 from fsae.stages.config import (
     AdversarialConfig,
@@ -30,9 +30,9 @@ from fsae.stages.config import (
     DistillationConfig,
     PatchConfig,
 )
-from fsae.stages.objective import Adversary
+from fsae.stages.objective import Adversary, Objective
 from fsae.stages.start import prepared_model
-from fsae.stages.task import make_task, train_autoencoder
+from fsae.stages.task import AutoencoderTask, train_autoencoder
 from fsae.training.config import LoopConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -101,7 +101,7 @@ def test_presets_take_options_and_saved_models_conversions(
     )
     assert lite.config.decoder_kind == "lite" and list(lite.config.decoder_widths) == lite_options["decoder_widths"]
     asked: list[Any] = []
-    monkeypatch.setattr(beginnings, "from_dc_ae", lambda *a, **k: asked.append((a, k)) or (causal, "report"))
+    monkeypatch.setattr(start, "from_dc_ae", lambda *a, **k: asked.append((a, k)) or (causal, "report"))
     prepared_model(configuration(tmp_path, model="dc", convert="dc-ae", model_options={"latent_channels": 4}))
     assert asked == [(("dc",), {"seed": 0, "progress": True, "latent_channels": 4})]
     with pytest.raises(UserError, match="cannot change the saved model"):
@@ -125,25 +125,28 @@ def test_a_configuration_becomes_a_task(tmp_path: Path, tiny_preset: None, lpips
     files = [str(tmp_path / "lpips.safetensors")]
     config = configuration(tmp_path, perceptual_weights=files, perceptual_weight=0.3, perceptual_slice=3, **parts)
     model = prepared_model(config)
-    task = make_task(config, model, torch.zeros(1))
-    assert (task.perceptual_weight, task.perceptual_slice, task.patch) == (0.3, 3, parts["patch"])
-    assert task.adversary is not None and task.adversary.config == parts["adversarial"]
-    assert all(torch.equal(v, weights[k]) for k, v in task.adversary.discriminator.state_dict().items())
-    assert task.alignment is not None and task.alignment.config == parts["alignment"]
-    loss = task.alignment.loss
+    task = AutoencoderTask(config, model)
+    objective = task.objective
+    assert objective.perceptual is not None
+    assert (objective.perceptual.weight, objective.perceptual.slice_frames) == (0.3, 3)
+    assert objective.adversary is not None and objective.adversary.config == parts["adversarial"]
+    assert all(torch.equal(v, weights[k]) for k, v in task.opponents["discriminator"].state_dict().items())
+    assert objective.alignment is not None and objective.alignment.config == parts["alignment"]
+    loss = objective.alignment.loss
     assert (loss.cosine_margin, loss.distance_margin, loss.positions) == (0.1, 0.2, 99)
-    assert loss.projection.weight.shape == (256, 8) and isinstance(task.alignment.teacher, TrunkTeacher)
+    assert loss.projection.weight.shape == (256, 8) and isinstance(objective.alignment.teacher, TrunkTeacher)
     assert task.settings["adversarial"]["r1_every"] == 7 and task.settings["alignment"]["adaptive"] == 0.3
-    plain = make_task(configuration(tmp_path), model)
-    assert plain.adversary is plain.alignment is plain.distillation is plain.perceptual is None and not plain.opponents
+    plain = AutoencoderTask(configuration(tmp_path), model)
+    assert plain.objective == Objective() and not plain.opponents and not plain.frozen
     model.save_pretrained(tmp_path / "teacher")
     distillation = DistillationConfig(str(tmp_path / "teacher"), 0.5, 0.0)
-    told = make_task(configuration(tmp_path, distillation=distillation, freeze_encoder=True), model)
-    assert told.distillation is not None and told.distillation.config == distillation and told.freeze_encoder
-    assert set(told.frozen) == {"distilled"} and told.distillation.stages == []
+    imitating = AutoencoderTask(configuration(tmp_path, distillation=distillation, freeze_encoder=True), model)
+    imitation = imitating.objective.distillation
+    assert imitation is not None and imitation.config == distillation and imitation.stages == []
+    assert set(imitating.frozen) == {"distilled"} and told.settings["freeze_encoder"]
     save_file({k: v for k, v in list(weights.items())[1:]}, tmp_path / "discriminator.safetensors")
     with pytest.raises(CheckpointError, match=r"scales\.0"):
-        make_task(config, model)
+        AutoencoderTask(config, model)
 
 
 @pytest.mark.parametrize(
