@@ -29,7 +29,7 @@ from fsae.stages.task import (
 )
 from fsae.training.config import LoopConfig, OptimizerConfig
 from fsae.training.logs import frame_grid
-from fsae.training.runs import finished, save_parts, tell_saved
+from fsae.training.runs import report_end, report_saved, save_parts
 
 SIZES: dict[str, Any] = {
     "widths": (8,) * 7,
@@ -258,7 +258,7 @@ def test_of_several_processes_one_says_how_the_run_ended(
         ("1", "", ""),
     ):
         monkeypatch.setenv("RANK", rank)
-        assert tell_saved([folder]) == 0 and capsys.readouterr() == (saved, "")
-        assert tell_saved([]) == 130 and capsys.readouterr() == ("", "")
+        assert report_saved([folder]) == 0 and capsys.readouterr() == (saved, "")
+        assert report_saved([]) == 130 and capsys.readouterr() == ("", "")
         result = SimpleNamespace(step=3, stopped="signal", is_main_process=rank == "0")
-        assert not finished(result, 9) and capsys.readouterr() == ("", stopped)  # type: ignore[arg-type]
+        assert not report_end(result, 9) and capsys.readouterr() == ("", stopped)  # type: ignore[arg-type]

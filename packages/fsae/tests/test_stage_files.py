@@ -143,7 +143,7 @@ def test_a_configuration_becomes_a_task(tmp_path: Path, tiny_preset: None, lpips
     imitating = AutoencoderTask(configuration(tmp_path, distillation=distillation, freeze_encoder=True), model)
     imitation = imitating.objective.distillation
     assert imitation is not None and imitation.config == distillation and imitation.stages == []
-    assert set(imitating.frozen) == {"distilled"} and told.settings["freeze_encoder"]
+    assert set(imitating.frozen) == {"distilled"} and imitating.settings["freeze_encoder"]
     save_file({k: v for k, v in list(weights.items())[1:]}, tmp_path / "discriminator.safetensors")
     with pytest.raises(CheckpointError, match=r"scales\.0"):
         AutoencoderTask(config, model)

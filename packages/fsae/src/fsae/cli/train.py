@@ -1,4 +1,4 @@
-"""``fsae train``: one stage of the autoencoder's training."""
+"""`fsae train`: one stage of the autoencoder's training."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from fsae.commandline import read_settings
 
 
 def main(argv: list[str]) -> int:
-    """``fsae train``: every field of AutoencoderConfig is a flag and a key of the YAML file."""
+    """`fsae train`: every field of AutoencoderConfig is a flag and a key of the YAML file."""
     from fsae.stages.config import AutoencoderConfig
 
     config = read_settings("fsae train", "Train FSAE; the result is OUTPUT_DIR/autoencoder.", AutoencoderConfig, argv)
 
     from fsae.stages.task import train_autoencoder
-    from fsae.training.runs import tell_saved
+    from fsae.training.runs import report_saved
 
     folder = train_autoencoder(config)
-    return tell_saved([] if folder is None else [folder])
+    return report_saved([] if folder is None else [folder])

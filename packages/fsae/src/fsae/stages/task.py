@@ -23,7 +23,7 @@ from fsae.stages.start import prepared_model
 from fsae.storage.checkpoint import save_state
 from fsae.training.logs import frame_grid
 from fsae.training.loop import Task, train
-from fsae.training.runs import finished, read_samples, save_parts
+from fsae.training.runs import read_samples, report_end, save_parts
 
 
 class AutoencoderTask(Task):
@@ -191,7 +191,7 @@ def train_autoencoder(config: AutoencoderConfig, dataset: Any = None) -> Path | 
     clips, held_out, batch = read_samples(config, dataset, mixture=config.clips)
     task = AutoencoderTask(config, model, validation=None if batch is None else batch["video"])
     result = train(task, clips, loop)
-    if not finished(result, loop.max_steps, clips, held_out):
+    if not report_end(result, loop.max_steps, clips, held_out):
         return None
     trained = result.export("autoencoder")
     assert isinstance(trained, FSAE)

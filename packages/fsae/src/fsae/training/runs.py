@@ -48,9 +48,9 @@ def read_samples(
 ) -> tuple[Any, Any, Any]:
     """The samples to train on, those held out, and the batch of these to validate on, None if the run never does.
 
-    A dataset that is given stands for the clips that ``config`` describes, or that ``mixture`` does if there is one.
+    A dataset that is given stands for the clips that `config` describes, or that `mixture` does if there is one.
     Without held-out samples the first training samples are validated on; of a mixture, whose clips differ in size, the
-    first of ``config``'s own length and size. Held-out clips are sampled at the mixture's frame rate, by its reader.
+    first of `config`'s own length and size. Held-out clips are sampled at the mixture's frame rate, by its reader.
 
     Raises:
         UserError: the run's folder cannot be made, before a sample is looked at; or the samples' own errors.
@@ -78,7 +78,7 @@ def read_samples(
     return samples, validation, default_collate([validation[i] for i in range(count)])
 
 
-def finished(result: TrainingResult, max_steps: int, *sources: Any) -> bool:
+def report_end(result: TrainingResult, max_steps: int, *sources: Any) -> bool:
     """Say what was skipped in reading the sources; whether the run came to its end, and if not, how to go on."""
     for source in {id(s): s for s in sources}.values():
         if isinstance(source, ClipDataset) and source.skipped:
@@ -91,7 +91,7 @@ def finished(result: TrainingResult, max_steps: int, *sources: Any) -> bool:
 
 
 def save_parts(result: TrainingResult, parts: Mapping[str, Any]) -> list[Path]:
-    """Write parts of a pipeline, each by its ``save_pretrained``, as folders of diffusers' layout in the run's folder.
+    """Write parts of a pipeline, each by its `save_pretrained`, as folders of diffusers' layout in the run's folder.
 
     A folder appears whole, in place of that of an earlier run; only the main process writes.
 
@@ -111,7 +111,7 @@ def save_parts(result: TrainingResult, parts: Mapping[str, Any]) -> list[Path]:
     return folders
 
 
-def tell_saved(folders: Sequence[Path]) -> int:
+def report_saved(folders: Sequence[Path]) -> int:
     """Say, once for all processes, where the results are; the exit code: that of an interrupt if there are none."""
     if is_main_process():
         for folder in folders:

@@ -12,7 +12,7 @@ def main(argv: list[str]) -> int:
     description = "Train FSDiT; the result is OUTPUT_DIR/transformer, with the trained encoders beside it."
     config = read_settings("fsdit train", description, TransformerConfig, argv)
 
-    from fsae.training.runs import tell_saved
+    from fsae.training.runs import report_saved
     from fsdit.training.run import train_transformer
 
-    return tell_saved(train_transformer(config))
+    return report_saved(train_transformer(config))

@@ -3,10 +3,10 @@
 A sample is one of three:
 
 - a clip, `{"video": 3 T H W in [-1, 1], "caption": str}` (`fsae.data.datasets.VideoFolder`), encoded on the fly;
-- what is left of it once the frozen autoencoder has done its part, `{"latents": C t h w, "caption": str,
-  "image": 3 S S}` with the first frame at the image encoder's size (`CachedClips`, in memory);
-- what is left once the frozen encoders have done theirs, `{"latents": C t h w, "text": L D, "image_embedding": M D',
-  "caption": str}` (`CachedLatents`, on disk).
+- a clip encoded by the autoencoder, `{"latents": C t h w, "caption": str, "image": 3 S S}`, with the first frame at the
+  image encoder's size (`CachedClips`, in memory);
+- a clip encoded by all encoders, `{"latents": C t h w, "text": L D, "image_embedding": M D', "caption": str}`
+  (`CachedLatents`, on disk).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PathLike = str | os.PathLike[str]
 _OPEN_SHARDS = 64
 
 
-def tell_missing_captions(entries: Sequence[Entry]) -> None:
+def report_missing_captions(entries: Sequence[Entry]) -> None:
     """Say on stderr how many clips of the sources have no caption, if any has none."""
     missing, number = sum(not entry.caption.strip() for entry in entries), len(entries)
     if missing:
@@ -127,7 +127,7 @@ class CachedLatents(Dataset[CachedSample]):
     Args:
         folders: The cache, or several that were made with the same autoencoder and encoders; each then has its share
             of the samples in proportion to its length.
-        autoencoder: `fsae.storage.fingerprint.encoder_fingerprint` of the autoencoder that the latents must be of;
+        autoencoder: `fsae.transcoding.fingerprints.encoder_fingerprint` of the autoencoder that the latents must be of;
             None takes any.
 
     Attributes:
@@ -152,7 +152,7 @@ class CachedLatents(Dataset[CachedSample]):
             self.check_autoencoder(autoencoder)
         self.text_len = self.headers[0].text_len
         self.empty_text = shards.read_empty(self.folders[0])
-        self.samples: list[shards.Sample] = []
+        self.samples: list[shards.SampleRecord] = []
         self.buckets: list[Bucket] = []
         self._places: list[tuple[int, int]] = []  # (folder, shard) of each sample
         content = hashlib.sha256()
@@ -218,7 +218,7 @@ class CachedLatents(Dataset[CachedSample]):
         """Refuse latents of another autoencoder.
 
         Args:
-            fingerprint: `fsae.storage.fingerprint.encoder_fingerprint`.
+            fingerprint: `fsae.transcoding.fingerprints.encoder_fingerprint`.
         """
         if self.headers[0].autoencoder != fingerprint:
             raise UserError(

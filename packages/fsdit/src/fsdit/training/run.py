@@ -15,13 +15,13 @@ from fsae.data.config import SIDE, STRIDE
 from fsae.errors import UserError
 from fsae.storage.files import check_folder
 from fsae.training.loop import TrainingResult, train
-from fsae.training.runs import finished, is_main_process, read_samples, save_parts
+from fsae.training.runs import is_main_process, read_samples, report_end, save_parts
 from fsae.transcoding.fingerprints import encoder_fingerprint
 from fsdit.conditioning.encoders import ImageEncoder, TextEncoder, pad_text
 from fsdit.conditioning.folders import load_encoders
 from fsdit.model import FSDiT
 from fsdit.training.config import TransformerConfig
-from fsdit.training.data import CachedLatents, tell_missing_captions
+from fsdit.training.data import CachedLatents, report_missing_captions
 from fsdit.training.task import FlowMatchingTask, check_widths
 
 
@@ -33,7 +33,7 @@ def train_transformer(config: TransformerConfig, dataset: Any = None, validation
     Args:
         config: The training.
         dataset: Samples to train on (`fsdit.training.data`); those that `config` describes if None.
-        validation: Likewise the held-out samples.
+        validation: Held-out samples; those that `config` describes if None.
 
     Returns:
         The saved folders; none if a signal stopped the run, which then can be resumed.
@@ -53,16 +53,16 @@ def train_transformer(config: TransformerConfig, dataset: Any = None, validation
         transformer, text_encoder, image_encoder, config, autoencoder, clips.batch, clips.empty_text
     )
     result = train(task, clips.samples, loop, clips.collate)
-    if not finished(result, loop.max_steps, clips.samples, clips.held_out):
+    if not report_end(result, loop.max_steps, clips.samples, clips.held_out):
         return []
     return _save(result, text_encoder)
 
 
 @dataclass(frozen=True)
 class _Clips:
-    """What to train on, what is held out, and of that the batch to validate on, None if the run never does.
+    """What to train on, what is held out, and the batch of it to validate on (None if the run never does).
 
-    With an embedding of the empty prompt, `L D`, samples hold embeddings, and no encoder is needed.
+    If there is an embedding of the empty prompt, `L D`, the samples hold embeddings and no encoder is needed.
     """
 
     samples: Any
@@ -84,7 +84,7 @@ def _read_clips(
         _check_clips(config, autoencoder)
     clips = _Clips(*read_samples(config, dataset, validation, config.clips))
     if dataset is None and is_main_process():
-        tell_missing_captions(clips.samples.entries)
+        report_missing_captions(clips.samples.entries)
     return clips
 
 
@@ -102,7 +102,7 @@ def _check_clips(config: TransformerConfig, autoencoder: FSAE | None) -> None:
 def _read_cache(
     config: TransformerConfig, outline: FSDiT, autoencoder: FSAE | None, cache: CachedLatents, held_out: Any
 ) -> _Clips:
-    """What a cache holds, after a look whether it belongs to the model and the autoencoder."""
+    """What a cache holds, once it is known to fit the model and the autoencoder."""
     if held_out is None:
         held_out = CachedLatents(config.validation_data) if config.validation_data else cache
     encoder = None if autoencoder is None else encoder_fingerprint(autoencoder)

@@ -13,7 +13,7 @@ def main(argv: list[str]) -> int:
     # The encoders are the base model's and never trained, which leaves that option nothing to say.
     config = read_settings("fsupsampler train refiner", description, RefinerConfig, argv, without=["train_encoders"])
 
-    from fsae.training.runs import tell_saved
+    from fsae.training.runs import report_saved
     from fsupsampler.training.refiner import train_refiner
 
-    return tell_saved(train_refiner(config))
+    return report_saved(train_refiner(config))

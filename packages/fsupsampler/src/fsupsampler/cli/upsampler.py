@@ -12,7 +12,7 @@ def main(argv: list[str]) -> int:
     description = "Train LatentUpsampler; the result is OUTPUT_DIR/upsampler."
     config = read_settings("fsupsampler train upsampler", description, UpsamplerConfig, argv)
 
-    from fsae.training.runs import tell_saved
+    from fsae.training.runs import report_saved
     from fsupsampler.training.upsampler import train_upsampler
 
-    return tell_saved(train_upsampler(config))
+    return report_saved(train_upsampler(config))

@@ -1,4 +1,4 @@
-"""Training of the refiner, all that it is conditioned by frozen (paper §2.4.2)."""
+"""Training of the refiner; autoencoder, encoders, upsampler and base model are frozen (paper §2.4.2)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Generator, Tensor, nn
 
 from fsae import FSAE
 from fsae.training.loop import train
-from fsae.training.runs import finished, is_main_process, read_samples, save_parts
+from fsae.training.runs import is_main_process, read_samples, report_end, save_parts
 from fsdit.conditioning.encoders import ImageEncoder, TextEncoder
 from fsdit.conditioning.folders import load_encoders
 from fsdit.conditioning.inputs import Condition, first_frame_condition, nothing_known
 from fsdit.model import FSDiT
-from fsdit.training.data import tell_missing_captions
+from fsdit.training.data import report_missing_captions
 from fsdit.training.task import FlowMatchingTask
 from fsupsampler.refiner import DynamicMask, RunningMask, deviation_latents, refiner_condition
 from fsupsampler.regularization import regularize
@@ -28,9 +28,9 @@ from fsupsampler.upsampler import LatentUpsampler
 
 
 class RefinerTask(FlowMatchingTask):
-    """Flow matching at the high resolution, on the condition that the upsampled draft makes.
+    """Flow matching at the high resolution, conditioned on the upsampled draft.
 
-    A clip of one frame has none: it is learned from its caption alone.
+    A clip of one frame has no draft: it is learned from its caption alone.
 
     Batches hold `low` `B C t h w`, `high` `B C t 2h 2w` and `image` `B 3 S S`, or `video` `B 3
     T H W`; and `caption`, B strings.
@@ -38,7 +38,7 @@ class RefinerTask(FlowMatchingTask):
     Args:
         refiner: Trained, and with it the percentiles of the dynamic mask.
         text_encoder: The base model's, only read.
-        image_encoder: Likewise.
+        image_encoder: The base model's, only read.
         upsampler: Frozen.
         config: Loss, noise levels, mask, regularisation, validation sampling.
         autoencoder: Frozen; needed for batches of videos, and to show validation samples as images.
@@ -112,7 +112,7 @@ def train_refiner(config: RefinerConfig, dataset: Any = None, validation: Any = 
         config: The training.
         dataset: Samples to train on (`fsupsampler.training.data`); the `VideoFolder` that `config` describes if
             None.
-        validation: Likewise the held-out samples.
+        validation: Held-out samples; those that `config` describes if None.
 
     Returns:
         The saved folders; none if a signal stopped the run, which then can be resumed.
@@ -127,9 +127,9 @@ def train_refiner(config: RefinerConfig, dataset: Any = None, validation: Any = 
     base = None if config.base is None else FSDiT.from_pretrained(config.base).requires_grad_(False)
     clips, held_out, batch = read_samples(config, dataset, validation)
     if dataset is None and is_main_process():
-        tell_missing_captions(clips.entries)
+        report_missing_captions(clips.entries)
     task = RefinerTask(refiner, text_encoder, image_encoder, upsampler, config, autoencoder, base, batch)
     result = train(task, clips, config.loop)
-    if not finished(result, config.loop.max_steps, clips, held_out):
+    if not report_end(result, config.loop.max_steps, clips, held_out):
         return []
     return save_parts(result, {"refiner": result.export("transformer"), "dynamic_mask": task.mask.frozen()})

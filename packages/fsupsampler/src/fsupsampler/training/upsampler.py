@@ -16,7 +16,7 @@ from fsae.losses.perceptual import PerceptualLoss
 from fsae.losses.reconstruction import l1_loss
 from fsae.training.logs import frame_grid
 from fsae.training.loop import Task, train
-from fsae.training.runs import finished, read_samples, save_parts
+from fsae.training.runs import read_samples, report_end, save_parts
 from fsdit.training.data import to_device_of
 from fsupsampler.training.autoencoder import check_statistics, load_autoencoder
 from fsupsampler.training.config import UpsamplerConfig, UpsamplerLoss
@@ -62,7 +62,7 @@ class UpsamplerTask(Task):
         }
 
     def loss(self, batch: Any, generator: Generator) -> dict[str, Tensor]:
-        """α1·L1(latents) + α2·L1(pixels) + α3·LPIPS, each where its weight asks for it (paper eq. 9)."""
+        """α1·L1(latents) + α2·L1(pixels) + α3·LPIPS, the last two only where their weight is above 0 (paper eq. 9)."""
         low, high = latent_pair(batch, self.autoencoder)
         draft = self.upsampler(low)
         terms = {"latent_l1": l1_loss(draft, high)}
@@ -102,7 +102,7 @@ def train_upsampler(config: UpsamplerConfig, dataset: Any = None, validation: An
         config: The training.
         dataset: Samples to train on (`fsupsampler.training.data`); the `VideoFolder` that `config` describes if
             None.
-        validation: Likewise the held-out samples.
+        validation: Held-out samples; those that `config` describes if None.
 
     Returns:
         The saved folder; none if a signal stopped the run, which then can be resumed.
@@ -117,6 +117,6 @@ def train_upsampler(config: UpsamplerConfig, dataset: Any = None, validation: An
     clips, held_out, batch = read_samples(config, dataset, validation)
     task = UpsamplerTask(upsampler, config.loss, autoencoder, perceptual, batch)
     result = train(task, clips, config.loop)
-    if not finished(result, config.loop.max_steps, clips, held_out):
+    if not report_end(result, config.loop.max_steps, clips, held_out):
         return []
     return save_parts(result, {"upsampler": result.export("upsampler")})
