@@ -14,7 +14,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools" / "nano"))
 
 from clips import NanoClips
 from motion import Motion, camera_path
-from tasks import CameraClips, ClipTask, Lessons, SeeingTask, Weights, latents_of_frames, loosen, without_code
+from tasks import (
+    CameraClips,
+    ClipTask,
+    Lessons,
+    SeeingTask,
+    Weights,
+    latents_of_frames,
+    loosen,
+    read_code,
+    recorded_velocity,
+    without_code,
+)
 from velocity import CODE_CHANNELS, between, centres, motion_code, velocity
 
 from fsae import FSAE
@@ -55,7 +66,8 @@ def test_the_maps_between_frames_lead_content_to_itself(motion: Motion) -> None:
 @pytest.mark.parametrize("motion", MOTIONS)
 def test_the_true_velocities_add_up_to_where_the_camera_says_things_were(motion: Motion) -> None:
     path = camera_path(motion, 9, (128, 128))[None]
-    made = MotionField(1, 4, 8, 1e-5, False).added_up(velocity(path, (128, 128), (16, 16)))[0, -2:, -1]
+    field = MotionField(1, 1, frames=4, cell=8, eps=1e-5, norm_affine=False)
+    made = field.added_up(velocity(path, (128, 128), (16, 16)))[0, -2:, -1]
     maps = path[0, -1]
     at = centres(16, 128)
     truth = torch.stack([maps[1, 0] * at + maps[1, 1] * at.view(-1, 1) + maps[1, 2] - at.view(-1, 1),
@@ -126,6 +138,20 @@ def test_what_is_held_of_the_encoder_stays_and_the_truth_costs_nothing() -> None
     conv, total = next((c, t) for c, t in task.held if c is model.encoder.stages[1].blocks[0].conv1)
     torch.testing.assert_close(conv.weight.sum(2), total, rtol=1e-4, atol=1e-5)
     assert terms["first"] < 1e-3 and terms["code"] > 0
+
+
+def test_a_decoder_that_reads_the_code_knows_how_things_move() -> None:
+    model, batch = nano().eval(), clips(9, 128, 2)
+    code = motion_code(batch["path"], (128, 128))
+    latents = torch.cat([code, torch.randn(2, 120, *code.shape[2:])], dim=1)
+    truth = velocity(batch["path"], (128, 128), (16, 16))
+    errors = []
+    for _ in range(2):
+        with torch.no_grad(), recorded_velocity(model) as velocities:
+            model.decoder(latents, None, torch.Generator())
+        errors.append((velocities[0] - truth).abs().mean().item())
+        read_code(model)
+    assert errors[1] < 0.1 * errors[0] and errors[0] > 0.5
 
 
 def test_the_camera_is_told_only_where_it_is_asked_for() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from clips import NanoClips
@@ -22,12 +22,8 @@ from fsae.layers.conv import VideoConv3d
 from fsae.layers.motion import VELOCITY_UNIT, MotionField
 from fsae.losses.perceptual import PerceptualLoss
 from fsae.losses.reconstruction import l1_loss
-from fsae.training.config import OptimizerConfig
 from fsae.training.logs import frame_grid
-from fsae.training.task import Task, decay_groups
-
-READ_OUT_RATE = 4e-3
-"""Learning rate of the decoder's velocity, a linear map of normalised features: far above that of convolutions."""
+from fsae.training.task import Task
 
 Batch = dict[str, Tensor]
 
@@ -209,32 +205,23 @@ class ClipTask(Task):
             "reconstruction": frame_grid([video, result]),
         }
 
-    def parameter_groups(self, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-        """The decoder's velocity apart, at its own rate."""
-        motion = self.model.decoder.motion
-        assert motion is not None
-        read_out = set(motion.to_velocity.parameters())
-        groups = decay_groups(self.modules.values(), optimizer)
-        for group in groups:
-            group["params"] = [p for p in group["params"] if p not in read_out]
-        return [*groups, {"params": list(read_out), "weight_decay": 0.0, "lr": READ_OUT_RATE}]
-
-
 @contextmanager
 def recorded_velocity(model: FSAE) -> Iterator[list[Tensor]]:
     """The velocities `B 2 t h w` in pixels that the decoder reads while the context lasts."""
     found: list[Tensor] = []
     motion = model.decoder.motion
     assert isinstance(motion, MotionField)
+    read = motion.velocity
 
-    def keep(_module: nn.Module, _inputs: Any, made: Tensor) -> None:
-        found.append(VELOCITY_UNIT * made.float().movedim(-1, 1))
+    def kept(x: Tensor, latents: Tensor) -> Tensor:
+        found.append(read(x, latents))
+        return found[-1]
 
-    handle = motion.to_velocity.register_forward_hook(keep)
+    motion.velocity = kept  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        handle.remove()
+        del motion.velocity
 
 
 def latents_of_frames(model: FSAE, video: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -331,3 +318,11 @@ def loosen(encoder: nn.Module, share: float = 0.5) -> None:
             noise = torch.randn(module.weight.shape, generator=generator)
             noise = noise * (share / module.weight[0].numel() ** 0.5)
             module.weight.add_((noise - noise.mean(2, keepdim=True)).to(module.weight))
+
+
+@torch.no_grad()
+def read_code(model: FSAE) -> None:
+    """Let a decoder's velocity start as what the latents' motion channels say, in place."""
+    motion = model.decoder.motion
+    assert motion is not None
+    motion.say.weight[:, :CODE_CHANNELS] = torch.eye(CODE_CHANNELS)

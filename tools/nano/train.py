@@ -156,8 +156,8 @@ class Singles(torch.utils.data.Dataset[dict[str, Tensor]]):
 IMAGES = [(1, LOW, LOW, 4), (1, 64, 128, 8), (1, LOW, LOW, 4), (1, 192, LOW, 2), (1, HIGH, HIGH, 1)]
 """What the autoencoder sees at first; each kind in turn."""
 
-SHORT = [(5, 64, 64, 8), (9, 64, 64, 4), (5, 64, 128, 4), (9, 64, 128, 2)]
-"""Where the encoder learns to see motion: small crops, a few latents."""
+SMALL = [(17, 64, 64, 3), (9, 64, 128, 3), (17, 64, 128, 2), (33, 64, 64, 2), (17, LOW, LOW, 1), (33, 64, 128, 1)]
+"""Where the encoder learns to see motion: small clips, but long ones. In short ones a velocity is a place as well."""
 
 CLIPS = [
     (17, LOW, LOW, 1), (9, 64, 128, 2), (33, 64, 64, 2), (17, 64, 128, 2), (9, 192, 128, 1), (33, 64, 128, 1),
@@ -191,7 +191,7 @@ def seeing(run: Run) -> None:
     loosen(model.encoder)
     loop = autoencoder_loop("seeing", run, OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.98)))
     task = SeeingTask(model, before.requires_grad_(False), run.held_out(17, LOW, 16))
-    trained = train(task, Lessons(run.worlds(50, SHORT), run.worlds(60, CLIPS), 1500), loop, one_item).export("encoder")
+    trained = train(task, Lessons(run.worlds(50, SMALL), run.worlds(60, CLIPS), 3000), loop, one_item).export("encoder")
     save_state(trained.state_dict(), run.part("seeing", "encoder.safetensors"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fsae import FSAE
-from fsae.layers.motion import FirstFrameSampling, MotionField, at_rate, inside, places_of, sample
+from fsae.errors import UserError
+from fsae.layers.motion import VELOCITY_UNIT, FirstFrameSampling, MotionField, at_rate, inside, places_of, sample
 from fsae.streaming import FrameCache
 from fsae.tiling import Window
 from fsae.weights.initialization import start_small
@@ -19,7 +21,7 @@ CELL = 8
 
 
 def field(frames: int = 4) -> MotionField:
-    return MotionField(3, frames, CELL, 1e-5, norm_affine=False).double()
+    return MotionField(3, 4, frames=frames, cell=CELL, eps=1e-5, norm_affine=False).double()
 
 
 def affine(matrix: Tensor, size: int) -> Tensor:
@@ -67,11 +69,25 @@ def test_frames_of_a_latent_move_evenly_and_the_first_frame_stays() -> None:
 
 def test_a_stream_goes_on_where_it_was() -> None:
     motion = field()
-    torch.nn.init.normal_(motion.to_velocity.weight)
-    x = torch.randn(2, 3, 7, 5, 6, dtype=torch.double)
+    torch.nn.init.normal_(motion.say.weight)
+    torch.nn.init.normal_(motion.read.weight)
+    x, latents = torch.randn(2, 3, 7, 4, 8, dtype=torch.double), torch.randn(2, 4, 7, 1, 2, dtype=torch.double)
     cache = FrameCache()
-    parts = [motion(part, cache) for part in x.split([2, 1, 4], dim=2)]
-    torch.testing.assert_close(torch.cat(parts, dim=2), motion(x), rtol=0, atol=1e-12)
+    chunks = zip(x.split([2, 1, 4], dim=2), latents.split([2, 1, 4], dim=2), strict=True)
+    parts = [motion(*chunk, cache) for chunk in chunks]
+    torch.testing.assert_close(torch.cat(parts, dim=2), motion(x, latents), rtol=0, atol=1e-12)
+
+
+def test_latents_say_the_velocity_of_four_places_each() -> None:
+    """Rows of places before columns, and the row's velocity before the column's; linear in between."""
+    motion = field()
+    assert not motion.velocity(torch.randn(1, 3, 1, 4, 4).double(), torch.randn(1, 4, 1, 1, 1).double()).any()
+    torch.nn.init.zeros_(motion.say.weight)
+    motion.say.bias.data = torch.tensor([1.0, 10, 2, 20, 3, 30, 4, 40]).double() / VELOCITY_UNIT
+    said = motion.velocity(torch.zeros(1, 3, 1, 2, 2).double(), torch.zeros(1, 4, 1, 1, 1).double())[0, :, 0]
+    assert said.tolist() == [[[1, 2], [3, 4]], [[10, 20], [30, 40]]]
+    fine = motion.velocity(torch.zeros(1, 3, 1, 4, 4).double(), torch.zeros(1, 4, 1, 1, 1).double())[0, 0, 0]
+    assert fine[0].tolist() == [1, 1.25, 1.75, 2] and fine[:, 0].tolist() == [1, 1.5, 2.5, 3]
 
 
 @pytest.mark.parametrize(("rate", "want"), [(4, [0, 1, 2, 3, 4, 5, 6, 7]), (2, [0.5, 2.5, 4.5, 6.5]), (1, [1.5, 5.5])])
@@ -125,7 +141,7 @@ def opened(kind: str, **options: Any) -> FSAE:
         for parameter in model.decoder.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.1)
-        model.decoder.motion.to_velocity.weight.normal_(std=0.5)
+        model.decoder.motion.say.weight.normal_(std=0.5)
     return model
 
 
@@ -133,14 +149,12 @@ def opened(kind: str, **options: Any) -> FSAE:
 @torch.no_grad()
 def test_every_cheap_path_gives_the_same_video(kind: str) -> None:
     model = opened(kind)
-    latents, image = torch.randn(1, 8, 3, 1, 8).double(), torch.rand(1, 3, 1, 64, 512).double() * 2 - 1
+    latents, image = torch.randn(1, 8, 2, 1, 5).double(), torch.rand(1, 3, 1, 64, 320).double() * 2 - 1
     whole = model.decode(latents, image)
-    least = 10**8
-    while True:  # as little memory as there are tiles for
-        try:
-            tiled = model.decode(latents, image, memory=(least := least * 3 // 4))
-        except Exception:
-            break
+    with pytest.raises(UserError, match="takes at least") as refused:
+        model.decode(latents, image, memory=1)
+    least = int(re.search(r"at least (\d+)", str(refused.value)).group(1))
+    tiled = model.decode(latents, image, memory=least)
     torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-9)
     if kind != "standard":
         torch.testing.assert_close(torch.cat([*model.decode_stream(latents, image)], 2), whole, rtol=0, atol=1e-9)

@@ -120,7 +120,9 @@ class Decoder(nn.Module):
         if injection is not None and injection.sampling:
             width = stack.widths[min(self.outer_stages.count, len(stack.widths) - 1)]
             time, cell = stack.compression.time, self.outer_stages.cell
-            self.motion = MotionField(width, time, cell)
+            self.motion = MotionField(
+                width, stack.latent_channels, frames=time, cell=cell, eps=style.eps, norm_affine=style.norm_affine
+            )
         self.norm_out = PixelNorm(stack.widths[0], style.eps, style.norm_affine)
         self.conv_out = VideoConv3d(stack.widths[0], 3, time=style.time, group=stack.compression.time)
 
@@ -176,7 +178,7 @@ class Decoder(nn.Module):
         x = self.conv_in(latents, cache) + latents.repeat_interleave(self.copies, dim=1)
         for s in reversed(range(self.outer_stages.count, len(self.stages))):
             x = self.stages[s](x, _sight(first_frame, s), cache=cache)
-        return x if self.motion is None else torch.cat([x, self.motion(x, cache)], dim=1)
+        return x if self.motion is None else torch.cat([x, self.motion(x, latents, cache)], dim=1)
 
     def outer(
         self,

@@ -4,8 +4,7 @@ The paper's injection (§2.2.3) looks for moved content by attention alone, at t
 rate. A small model cannot afford to find motion that way, and the two stages at higher rates have to invent all motion
 between latents. Here the decoder reads a velocity off its own features, one vector a cell and latent, adds velocities
 up to displacements from frame 0, linearly inside a latent's frames, and blends in the first frame's features from
-there, at every convolutional stage. Nothing here is normed: how fast a thing is, and how bright, are sizes. An option
-of ours, off in the paper's presets.
+there, at every convolutional stage. An option of ours, off in the paper's presets.
 
 Displacements are in pixels of the video, row before column, and fp32.
 """
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fsae.layers.norm import PixelNorm
 from fsae.streaming import FrameCache
 from fsae.tiling import Window
 
@@ -34,30 +34,51 @@ class MotionField(nn.Module):
 
     what stands at x in that frame stood at x + k/n v(x) in the last frame of latent j-1, and at x + D_jk(x) in frame 0.
 
+    The velocity is the sum of one that latents say themselves, for 2 x 2 places each and bilinear between, and of one
+    that is read off the features that the inner stages made of them. Both start at zero.
+
     Args:
         channels: of the features.
+        latent_channels: of the latents.
         frames: n, frames that a latent stands for.
         cell: pixels a cell of the features is wide and high.
+        eps: of the norm before the second reading.
+        norm_affine: whether that norm has a weight and a bias.
     """
 
-    def __init__(self, channels: int, frames: int, cell: int) -> None:
+    def __init__(
+        self, channels: int, latent_channels: int, *, frames: int, cell: int, eps: float, norm_affine: bool
+    ) -> None:
         super().__init__()
         self.frames, self.cell = frames, cell
-        self.to_velocity = nn.Linear(channels, 2)
-        nn.init.zeros_(self.to_velocity.weight)
-        nn.init.zeros_(self.to_velocity.bias)
+        self.say = nn.Linear(latent_channels, 2 * 2 * 2)
+        self.norm = PixelNorm(channels, eps, norm_affine)
+        self.read = nn.Linear(channels, 2)
+        for layer in (self.say, self.read):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
-    def velocity(self, x: Tensor) -> Tensor:
-        """`B C t h w` -> `B 2 t h w`, pixels from each latent's last frame back to the last of the latent before."""
-        made = self.to_velocity(x.movedim(1, -1)).movedim(-1, 1)
+    def velocity(self, x: Tensor, latents: Tensor) -> Tensor:
+        """`B 2 t h w`, pixels from each latent's last frame back to the last of the latent before; see `forward`."""
+        said = self.say(latents.movedim(1, -1)).unflatten(-1, (2, 2, 2))  # B t h w row column axis
+        said = said.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        said = F.interpolate(said.flatten(0, 1), size=x.shape[3:], mode="bilinear", align_corners=False)
+        said = said.unflatten(0, (len(x), -1)).transpose(1, 2)
+        made = said + self.read(self.norm(x).movedim(1, -1)).movedim(-1, 1)
         return VELOCITY_UNIT * made.to(torch.promote_types(made.dtype, torch.float32))
 
-    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
-        """`B C t h w` -> `B 2n t h w`: of each latent its n frames' displacements, all zero for the clip's first.
+    def forward(self, x: Tensor, latents: Tensor, cache: FrameCache | None = None) -> Tensor:
+        """Of each latent its n frames' displacements, all zero for the clip's first.
 
-        cache: the state of a stream that x is the next chunk of.
+        Args:
+            x: features `B C t h w`.
+            latents: `B c t h' w'`, what they were made of.
+            cache: the state of a stream that both are the next chunk of.
+
+        Returns:
+            `B 2n t h w`.
         """
-        velocity = self.velocity(x)
+        velocity = self.velocity(x, latents)
         before = None if cache is None or self not in cache else cache[self][:, :, 0]
         displacements = self.added_up(velocity, before)
         if cache is not None:
