@@ -36,7 +36,7 @@ from fsdit.conditioning import load_encoders, nano_tokenizer
 from fsdit.conditioning.encoders import pad_text
 from fsdit.preparation import cache, shards
 from fsdit.preparation.config import CacheConfig
-from fsdit.training.data import CachedLatents, tell_missing_captions
+from fsdit.training.data import CachedLatents, report_missing_captions
 
 TINY_FSAE: dict[str, Any] = {
     "widths": (8, 8, 8, 8, 8, 8, 8),
@@ -353,7 +353,7 @@ def test_a_cache_of_nothing_is_refused(world: Path, whole: Path, tmp_path: Path)
     ],
 )
 def test_missing_captions_are_counted(captions: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    tell_missing_captions([Entry(Media(Path("clip.mp4")), caption) for caption in captions])
+    report_missing_captions([Entry(Media(Path("clip.mp4")), caption) for caption in captions])
     assert capsys.readouterr() == ("", f"{line}; 'fsdit caption' writes captions\n" if line else "")
 
 

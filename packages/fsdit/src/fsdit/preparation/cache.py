@@ -1,8 +1,8 @@
 """`fsdit cache`: a list of clips and captions becomes sharded files of latents and embeddings (paper §2.3.2).
 
 The list of samples follows from the settings: for each bucket, for each source, its files, `clips_per_file` times.
-Sample N is in shard N // shard_size, and shard k is made by process k % ranks, which asks no other. So what is made
-does not depend on how many processes make it, or how often they are stopped.
+Sample N is in shard N // shard_size, and shard k is made by process k % ranks, without a word to the others. So the
+files do not depend on how many processes make them, or how often they are stopped.
 
 The encoders take turns: the text encoder, the largest, for all captions; then the image encoder and the autoencoder
 together, so that each clip is read once.
@@ -44,7 +44,7 @@ from fsdit.conditioning.folders import (
 from fsdit.preparation import shards
 from fsdit.preparation.config import CacheConfig
 from fsdit.preparation.prompts import PromptCache
-from fsdit.training.data import tell_missing_captions
+from fsdit.training.data import report_missing_captions
 
 _DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -80,9 +80,9 @@ class CacheReport:
         folder: The cache.
         samples: Samples in this process's shards.
         made: Shards that it made now.
-        kept: Shards that were finished.
-        missing: Shards, of all processes, that are not.
-        skipped: Each file of this process's that could not be read, and why.
+        kept: Shards that were finished before.
+        missing: Shards of all processes that are still to be made.
+        skipped: Each of its files that could not be read, and why.
     """
 
     folder: Path
@@ -109,11 +109,11 @@ def make_cache(config: CacheConfig) -> CacheReport:
     header = _header(config, clips, places)
     shards.begin(folder, header)
     if config.rank == 0:
-        tell_missing_captions(clips.entries)
+        report_missing_captions(clips.entries)
     own = range(config.rank, header.shards, config.ranks)
     for number in own:
         shards.remove_remains(folder, number)
-    done = {number: shards.finished(folder, number, config.verify) for number in own}
+    done = {number: shards.finished_shard(folder, number, config.verify) for number in own}
     todo = {n: places[n * config.shard_size : (n + 1) * config.shard_size] for n in own if done[n] is None}
     prompts = PromptCache(config.prompts or folder / "prompts", header.text_encoder, config.text_len)
     captions = [_caption(clips, place) for chosen in todo.values() for place in chosen]
@@ -127,7 +127,7 @@ def make_cache(config: CacheConfig) -> CacheReport:
         samples=sum(len(shard.samples) for shard in finished),
         made=len(todo),
         kept=len(own) - len(todo),
-        missing=sum(shards.finished(folder, number) is None for number in range(header.shards)),
+        missing=sum(shards.finished_shard(folder, number) is None for number in range(header.shards)),
         skipped=dict(pair for shard in finished for pair in shard.skipped),
     )
 
@@ -218,7 +218,7 @@ def _encode(
     ):
         for number, chosen in todo.items():
             tensors: dict[str, Tensor] = {}
-            samples: list[shards.Sample] = []
+            samples: list[shards.SampleRecord] = []
             skipped: list[tuple[str, str]] = []
             read_clips = _readable(islice(stream, len(chosen)), clips, skipped, progress)
             for batch in _batches(read_clips, config.batch_size):
@@ -243,7 +243,7 @@ def encode_batch(
     return latents.cpu(), image_encoder(video[:, :, 0]).cpu()
 
 
-def _sample(clips: BucketedClips, prompts: PromptCache, clip: Clip, latents: Tensor) -> shards.Sample:
+def _sample(clips: BucketedClips, prompts: PromptCache, clip: Clip, latents: Tensor) -> shards.SampleRecord:
     place, entry = clip.place, clips.entry(clip.place.item)
     if not bool(latents.isfinite().all()):
         raise UserError(
@@ -251,7 +251,7 @@ def _sample(clips: BucketedClips, prompts: PromptCache, clip: Clip, latents: Ten
             "look at the autoencoder's statistics"
         )
     c, t, h, w = latents.shape
-    return shards.Sample(
+    return shards.SampleRecord(
         number=place.number,
         bucket=place.bucket,
         source=place.source,
@@ -284,7 +284,7 @@ def _batches(clips: Iterable[Clip], size: int) -> Iterator[list[Clip]]:
 
 
 def ahead(function: Callable[[In], Out], items: Iterable[In], threads: int) -> Generator[Out]:
-    """`map`, by threads that stay a few items ahead of the one who asks, and no more."""
+    """`map` in threads: while one result is used, as many further ones as there are threads are made."""
     waiting: deque[Future[Out]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:

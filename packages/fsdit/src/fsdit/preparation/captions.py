@@ -1,8 +1,8 @@
 """`fsdit caption`: what a vision-language model says about videos and images, as a list that trainings read.
 
-Paper §2.3.2 trains on captioned clips; for material without captions this writes them with Qwen2.5-VL. Answers are
-kept as they come in OUTPUT.partial, a line each, and become OUTPUT when all are there; what a stopped job has in either
-is not asked again.
+Paper §2.3.2 trains on captioned clips; for material without captions this writes them with Qwen2.5-VL. Each
+answer is written to OUTPUT.partial as a line as soon as it comes, and the whole becomes OUTPUT in the end. A job that
+was stopped goes on with the files that have no answer in either.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class CaptionReport:
     Attributes:
         path: The list.
         asked: Captions that the model wrote now.
-        kept: Those that were there.
+        kept: Captions that were there before.
         skipped: Files that could not be read, or that nothing was said about, and why.
     """
 
@@ -128,7 +128,7 @@ def _ask(
 
 
 def sample_frames(media: Media, count: int) -> list[Picture]:
-    """Frames spread evenly over a video or its span, as far as it can be read; of an image, itself.
+    """Frames spread evenly over a video or its span, as far as it can be read; an image is its only frame.
 
     Raises:
         UserError: nothing can be read.
@@ -167,7 +167,7 @@ def _line(row: tuple[Key, str]) -> str:
 
 
 def _read_answers(path: Path) -> dict[Key, str]:
-    """The captions in a list; a last line that was cut short is none."""
+    """The captions in a list; a last line that was cut short is left out."""
     answers: dict[Key, str] = {}
     if not path.exists():
         return answers
@@ -181,7 +181,7 @@ def _read_answers(path: Path) -> dict[Key, str]:
 
 
 def _end_last_line(path: Path) -> None:
-    """So that what is added to a line that was cut short is not lost with it."""
+    """End a line that was cut short, so that the next answer begins a line of its own."""
     if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
         with path.open("ab") as file:
             file.write(b"\n")

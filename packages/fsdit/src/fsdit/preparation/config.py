@@ -20,7 +20,7 @@ class CacheConfig:
         encoders: Folder with text_encoder, tokenizer and image_encoder.
         frames: Frames of a clip, 1 + 4k; 1 takes images, and single frames of videos.
         height: Clips are resized and cropped to this height, a multiple of 64.
-        width: Likewise.
+        width: The clips' width, a multiple of 64.
         buckets: Lengths and sizes of the clips, in place of frames, height and width.
         more_data: Further sources, with their shares beside data, whose share is 1.
         fps: Sample videos at this frame rate, whatever the file's; null takes every frame of a file.
@@ -36,8 +36,8 @@ class CacheConfig:
         readers: Threads that read clips ahead.
         device: Such as cpu or cuda; null takes the accelerator if there is one.
         seed: Decides which clips are taken of a file.
-        rank: Which of the processes this is that fill the cache together, from 0 on.
-        ranks: How many they are; each makes its own shards and waits for none.
+        rank: This process's number, from 0 on, among those that fill the cache together.
+        ranks: The number of these processes; each makes its own shards and waits for no other.
         verify: Read what is finished as well, and make anew what has changed.
     """
 

@@ -1,8 +1,8 @@
-"""Prompt embeddings on disk: the text encoder, larger than all else, is loaded only for prompts never met before.
+"""Prompt embeddings on disk, so that the text encoder, the largest model, is loaded for new prompts alone.
 
 An entry's name is a hash of what decides it: the cleaned prompt, text_len, and the encoder's and tokenizer's
-fingerprint. It holds the used rows, `L D`. Several processes may share a folder: entries appear whole, and two that
-make the same one write the same values.
+fingerprint. It holds the used rows, `L D`. Several processes may share a folder: entries appear whole, and
+two processes that make the same entry write the same values.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
     shard-00000.safetensors  "latents.N" c t h w and "image.N" M D' of the samples N, "text.KEY" L D of their captions
     shard-00000.json         the shard's size and hash, its samples, and files that could not be read
 
-A shard's .json is written last: where it lies, the shard is finished. Text embeddings are the used rows alone, once a
-shard for each caption. Every file is written whole or not at all, and the same settings give the same bytes, in
-whatever order, by however many processes, and however often they were stopped.
+A shard's .json is written last: where there is one, the shard is finished. Of a text embedding only the used rows are
+kept, once a shard for each caption. Every file is written whole or not at all. The same settings give the same bytes,
+in whatever order, by however many processes, and however often these were stopped.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class Header:
     """What a cache was made of and by.
 
     Attributes:
-        autoencoder: `fsae.storage.fingerprint.encoder_fingerprint` of the autoencoder.
+        autoencoder: `fsae.transcoding.fingerprints.encoder_fingerprint` of the autoencoder.
         text_encoder: `fsdit.conditioning.pretrained.folder_fingerprint` of the text encoder and its tokenizer.
-        image_encoder: Likewise of the image encoder.
+        image_encoder: The same of the image encoder.
         clips: The fields of ClipsConfig.
         buckets: Of each, frames, size, batch_size, share and the sources' weights.
         data: Hash of the list of samples.
-        samples: Their number, those included that turn out to be unreadable.
+        samples: Their number, unreadable ones included.
         shard_size: Samples in a shard.
         clips_per_file: Clips of each file.
         latents: "fp16" or "fp32".
@@ -94,8 +94,8 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A cached clip.
+class SampleRecord:
+    """What is known of a cached clip.
 
     Attributes:
         number: N of its tensors' names.
@@ -127,7 +127,7 @@ class Shard:
 
     size: int
     sha256: str
-    samples: list[Sample]
+    samples: list[SampleRecord]
     skipped: list[tuple[str, str]]
 
 
@@ -154,7 +154,7 @@ def check_place(folder: Path) -> None:
 
 
 def begin(folder: Path, header: Header) -> None:
-    """Write the header, or hold it against that of the cache that was begun there.
+    """Write the header, or compare it with that of the cache that was begun there.
 
     Raises:
         UserError: the folder holds a cache of something else, or cannot be written.
@@ -177,7 +177,11 @@ def write_empty(folder: Path, text: Tensor) -> None:
 
 
 def write_shard(
-    folder: Path, number: int, tensors: Mapping[str, Tensor], samples: list[Sample], skipped: list[tuple[str, str]]
+    folder: Path,
+    number: int,
+    tensors: Mapping[str, Tensor],
+    samples: list[SampleRecord],
+    skipped: list[tuple[str, str]],
 ) -> None:
     """Write a shard, and then that it is finished."""
     path = shard_path(folder, number)
@@ -185,7 +189,7 @@ def write_shard(
     _write_json(path.with_suffix(".json"), asdict(Shard(path.stat().st_size, _sha256(path), samples, skipped)))
 
 
-def finished(folder: Path, number: int, verify: bool = False) -> Shard | None:
+def finished_shard(folder: Path, number: int, verify: bool = False) -> Shard | None:
     """What a shard holds; None if it is not there or not whole, by its size, with `verify` by its hash."""
     try:
         shard = read_shard(folder, number)
@@ -258,7 +262,7 @@ def read_shard(folder: Path, number: int) -> Shard:
         raise CheckpointError(f"{folder} is not finished: it lacks {path.stem}; run the same 'fsdit cache' again")
     content = read_json(path.with_suffix(".json"))
     try:
-        samples = [Sample(**{**row, "shape": tuple(row["shape"])}) for row in content["samples"]]
+        samples = [SampleRecord(**{**row, "shape": tuple(row["shape"])}) for row in content["samples"]]
         skipped = [(str(name), str(reason)) for name, reason in content["skipped"]]
         shard = Shard(int(content["size"]), str(content["sha256"]), samples, skipped)
     except (TypeError, KeyError, ValueError) as error:
