@@ -31,7 +31,7 @@ WINGS: dict[str, set[str]] = {
     "devices": {"errors"},
     "storage": {"errors"},
     "data": {"errors", "storage"},
-    "training": {"errors", "commandline", "storage", "data"},
+    "training": {"errors", "commandline", "devices", "storage", "data"},
 }
 
 
