@@ -1,4 +1,4 @@
-"""The ``fsae`` command line, a file a command. Nothing here imports torch until a command has read its arguments."""
+"""The `fsae` command line, a file a command. Nothing here imports torch until a command has read its arguments."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ COMMANDS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run ``fsae``; returns its exit code."""
+    """Run `fsae`; returns its exit code."""
     return run("fsae", "FSAE, the video autoencoder of FSVideo.", fsae.__version__, COMMANDS, argv)

@@ -1,4 +1,4 @@
-"""``fsae convert``: a DC-AE into an FSAE, and a causal FSAE into a Standard and a Lite one."""
+"""`fsae convert`: a DC-AE into an FSAE, and a causal FSAE into a Standard and a Lite one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = ("causal", "standard", "lite")
 
 
 def main(argv: list[str]) -> int:
-    """``fsae convert``: weights into weights, and a table of what became of them."""
+    """`fsae convert`: weights into weights, and a table of what became of them."""
     parser = argparse.ArgumentParser(
         prog="fsae convert",
         description="Convert the image autoencoder dc-ae-f32c32-sana-1.0 or 1.1 into an FSAE, or an FSAE's decoder "

@@ -1,4 +1,4 @@
-"""``fsae decode``: latents back into a video or an image."""
+"""`fsae decode`: latents back into a video or an image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """``fsae decode``: latents to frames."""
+    """`fsae decode`: latents to frames."""
     options = _parser().parse_args(argv)
 
     from fsae.data.video import SUFFIXES
@@ -80,7 +80,7 @@ def _check_fit(path: str, saved: SavedLatents, model: FSAE) -> None:
 
 
 def _first_frame(path: str | None, saved: SavedLatents, model: FSAE) -> torch.Tensor | None:
-    """The first frame as ``1 3 1 H W``: the given image, or the one that came with the latents."""
+    """The first frame as `1 3 1 H W`: the given image, or the one that came with the latents."""
     if not model.config.first_frame_injection:
         if path is not None:
             raise UserError("the model's decoder takes no first frame; leave --first-frame out")

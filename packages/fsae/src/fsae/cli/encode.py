@@ -1,4 +1,4 @@
-"""``fsae encode``: a video or an image into latents."""
+"""`fsae encode`: a video or an image into latents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fsae.cli.options import add_memory_option, add_model_options, check_output,
 
 
 def main(argv: list[str]) -> int:
-    """``fsae encode``: a file's latents, its frame rate and its first frame."""
+    """`fsae encode`: a file's latents, its frame rate and its first frame."""
     options = _parser().parse_args(argv)
     check_output(options.output, (".safetensors",))
 

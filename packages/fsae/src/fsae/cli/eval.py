@@ -1,4 +1,4 @@
-"""``fsae eval``: an autoencoder's figures on held-out clips."""
+"""`fsae eval`: an autoencoder's figures on held-out clips."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NAMED = 10  # skipped files
 
 
 def main(argv: list[str]) -> int:
-    """``fsae eval``: a folder with eval.json, table.md, grid.png and curves.png."""
+    """`fsae eval`: a folder with eval.json, table.md, grid.png and curves.png."""
     options = _parser().parse_args(argv)
 
     from fsae.evaluation.evaluate import EvalSettings, evaluate

@@ -1,6 +1,6 @@
 """Clips of many lengths and sizes, a micro-batch at a time of one (paper §2.2.1).
 
-Every file is sorted, by the aspect ratio and length that its header states, into one size of each ``BucketConfig`` that
+Every file is sorted, by the aspect ratio and length that its header states, into one size of each `BucketConfig` that
 it is long enough for. A micro-batch is of one bucket: one number of frames and one size. Which bucket, which source and
 which files follow from the seed and the step alone, whatever turns out broken later; and all processes of a micro-batch
 have the same bucket, so that they take equal time and wait for none.
@@ -62,7 +62,7 @@ class BucketedClips(ClipDataset):
     """Map-style dataset of clips in buckets; items are (bucket, file) pairs, one bucket after the other.
 
     Opening it looks into every file for its size and length. Files that cannot be read, or that are too short for every
-    bucket, are named by one warning then and are among ``skipped``. A file that breaks later is replaced by the next
+    bucket, are named by one warning then and are among `skipped`. A file that breaks later is replaced by the next
     usable one of its bucket.
 
     Args:
@@ -111,10 +111,10 @@ class BucketedClips(ClipDataset):
         return list(dict.fromkeys([*self._never, *super().skipped]))
 
     def read(self, index: int, epoch: int) -> tuple[NDArray[np.uint8], tuple[float, float]]:
-        """An item's clip, uint8 ``T H W 3``, and when its first and last frame begin in the file, in seconds.
+        """An item's clip, uint8 `T H W 3`, and when its first and last frame begin in the file, in seconds.
 
         Raises:
-            UserError: it cannot be read; nothing takes its place here, other than in ``sample``.
+            UserError: it cannot be read; nothing takes its place here, other than in `sample`.
         """
         bucket, media, config = self.bucket(index), self._entry(index).media, self.config
         if media.is_image:
@@ -240,7 +240,7 @@ class BucketOrder:
     each is seen once before any is seen twice.
 
     Args:
-        buckets: As ``BucketedClips.buckets``.
+        buckets: As `BucketedClips.buckets`.
         seed: Decides every draw and permutation.
         batch_size: Samples in a micro-batch of one process, where a bucket does not say.
         accumulation: Micro-batches of one process in a step.
@@ -271,14 +271,14 @@ class BucketOrder:
         return divmod(seen, sum(map(len, self.buckets)))
 
     def micro_batch(self, step: int, micro: int) -> list[tuple[int, int]]:
-        """The (index, epoch) pairs of this process's micro-batch ``micro`` of ``step``, all of one bucket."""
+        """The (index, epoch) pairs of this process's micro-batch `micro` of `step`, all of one bucket."""
         bucket, before = self._which.choice(step * self.accumulation + micro)
         size = self.batch_sizes[bucket]
         first = (before * self.processes + self.rank) * size
         return [self._item(bucket, number) for number in range(first, first + size)]
 
     def _item(self, bucket: int, number: int) -> tuple[int, int]:
-        """(index, epoch) of a bucket's sample ``number``."""
+        """(index, epoch) of a bucket's sample `number`."""
         source, before = self._sources[bucket].choice(number)
         lengths = [len(numbers) for _, numbers in self.buckets[bucket].members]
         epoch, offset = divmod(before, lengths[source])

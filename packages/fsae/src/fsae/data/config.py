@@ -1,8 +1,8 @@
 """Which clips a training sees, as the YAML file, the flags and their help. No torch here.
 
-A training draws micro-batches from ``buckets``: each is a number of frames and a picture size, or an area in which all
+A training draws micro-batches from `buckets`: each is a number of frames and a picture size, or an area in which all
 aspect ratios find a size of their own ("with varying aspect ratios", paper §2.2.1, footnote 2). The mixture of long
-clips of few pixels and short clips of many (paper §2.2.1, stage 3) is two buckets and their weights::
+clips of few pixels and short clips of many (paper §2.2.1, stage 3) is two buckets and their weights:
 
     buckets:
       - {frames: 169, area: 65536, weight: 1}
@@ -91,7 +91,7 @@ class BucketConfig:
         """(H, W) of every size, from the widest to the tallest.
 
         For an area A these are the square nearest to it and, for each side that is a multiple of 64, that side and the
-        multiple of 64 next to A / side, lying and standing, as far as their ratio stays within ``max_aspect``.
+        multiple of 64 next to A / side, lying and standing, as far as their ratio stays within `max_aspect`.
         """
         if self.area is None:
             assert self.height is not None and self.width is not None

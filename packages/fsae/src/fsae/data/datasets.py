@@ -1,6 +1,6 @@
 """Clips of one length and size from the user's files.
 
-``VideoFolder`` takes one source (`fsae.data.sources`); `fsae.data.buckets` mixes several, in many lengths and sizes. An
+`VideoFolder` takes one source (`fsae.data.sources`); `fsae.data.buckets` mixes several, in many lengths and sizes. An
 item is a pure function of (index, epoch), as the training loop's resume asks.
 """
 
@@ -30,7 +30,7 @@ _UNUSABLE, _DAMAGED = 1, 2
 
 
 class Clip(TypedDict):
-    """A sample: ``video`` 3 T H W in [-1, 1] and what its source says about it."""
+    """A sample: `video` 3 T H W in [-1, 1] and what its source says about it."""
 
     video: Tensor
     caption: str
@@ -57,7 +57,7 @@ class ClipDataset(Dataset[Clip]):
         return self.sample(index, 0)
 
     def sample(self, index: int, epoch: int) -> Clip:
-        """The clip of ``index`` in ``epoch``; that of the next usable item if its own cannot be used.
+        """The clip of `index` in `epoch`; that of the next usable item if its own cannot be used.
 
         Raises:
             UserError: none of the items that could replace it can be used.
@@ -101,7 +101,7 @@ class ClipDataset(Dataset[Clip]):
         return (*range(index, len(self)), *range(index))
 
     def _pixels(self, media: Media, index: int, epoch: int) -> NDArray[np.uint8]:
-        """The clip, uint8 ``T H W 3``."""
+        """The clip, uint8 `T H W 3`."""
         raise NotImplementedError
 
 
@@ -110,7 +110,7 @@ class VideoFolder(ClipDataset):
 
     Each epoch draws a new start frame from (seed, index, epoch). A file that is broken, too short, or an
     image where several frames are wanted is replaced by the next usable one in order; it is named by a
-    warning when it is met and in ``skipped``, also when a worker process of a loader met it.
+    warning when it is met and in `skipped`, also when a worker process of a loader met it.
 
     Args:
         source: Folder, list, tar or pattern: see `fsae.data.sources.read_source`.
@@ -122,7 +122,7 @@ class VideoFolder(ClipDataset):
         reader: What decodes videos, "pyav" or "decord".
 
     Raises:
-        UserError: no such source, no usable entry in it, a list without a ``path``, or no such reader.
+        UserError: no such source, no usable entry in it, a list without a `path`, or no such reader.
     """
 
     def __init__(

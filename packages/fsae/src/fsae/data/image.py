@@ -46,7 +46,7 @@ def image_size(path: Readable) -> tuple[int, int]:
 
 
 def cover(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Resize ``H W 3`` until it covers ``size`` (antialiased), then crop the centre."""
+    """Resize `H W 3` until it covers `size` (antialiased), then crop the centre."""
     height, width = size
     scale = max(height / image.shape[0], width / image.shape[1])
     # The longer side is rounded, so it may fall a pixel short of the target.

@@ -65,12 +65,12 @@ Readable = str | os.PathLike[str] | Media
 
 
 def as_media(source: Readable) -> Media:
-    """A path as ``Media``."""
+    """A path as `Media`."""
     return source if isinstance(source, Media) else Media(Path(source))
 
 
 def check_file(media: Media, kind: str, example: str) -> None:
-    """Refuse what is missing or no file with a sentence about a ``kind`` such as "video".
+    """Refuse what is missing or no file with a sentence about a `kind` such as "video".
 
     Raises:
         UserError: the file, or the tar that should hold it, is not there or is no file.
@@ -82,7 +82,7 @@ def check_file(media: Media, kind: str, example: str) -> None:
 
 
 class _Window(io.RawIOBase):
-    """Bytes ``offset .. offset + size`` of a file as a file."""
+    """Bytes `offset .. offset + size` of a file as a file."""
 
     def __init__(self, path: Path, offset: int, size: int) -> None:
         self._file = path.open("rb", buffering=0)

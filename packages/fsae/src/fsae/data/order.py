@@ -28,12 +28,12 @@ def derived_seed(*parts: int) -> int:
 
 
 def derived_generator(*parts: int) -> torch.Generator:
-    """A CPU generator seeded by ``derived_seed``."""
+    """A CPU generator seeded by `derived_seed`."""
     return torch.Generator().manual_seed(derived_seed(*parts))
 
 
 def data_place(rank: int, processes: int, ranks_per_sample: int) -> tuple[int, int]:
-    """(rank, processes) as an order counts them, where ``ranks_per_sample`` neighbouring processes count as one.
+    """(rank, processes) as an order counts them, where `ranks_per_sample` neighbouring processes count as one.
 
     Raises:
         UserError: the processes do not divide into such groups.
@@ -57,12 +57,12 @@ class Order(Protocol):
         ...
 
     def micro_batch(self, step: int, micro: int) -> Sequence[Key]:
-        """The keys of this process's micro-batch ``micro`` of ``step``; any number, at least one."""
+        """The keys of this process's micro-batch `micro` of `step`; any number, at least one."""
         ...
 
 
 def order_of(dataset: Any, seed: int, batch_size: int, accumulation: int, processes: int, rank: int) -> Order:
-    """What the dataset's method ``order`` returns for these five numbers, or the ``DataOrder`` of a plain dataset."""
+    """What the dataset's method `order` returns for these five numbers, or the `DataOrder` of a plain dataset."""
     if hasattr(dataset, "order"):
         order: Order = dataset.order(seed, batch_size, accumulation, processes, rank)
         return order
@@ -97,7 +97,7 @@ class DataOrder:
         return first // self.length, first % self.length
 
     def entry(self, number: int) -> tuple[int, int]:
-        """(index, epoch) of the stream's sample ``number``."""
+        """(index, epoch) of the stream's sample `number`."""
         epoch, offset = divmod(number, self.length)
         if epoch != self._epoch:
             generator = derived_generator(self.seed, epoch)
@@ -106,13 +106,13 @@ class DataOrder:
         return self._permutation[offset], epoch
 
     def micro_batch(self, step: int, micro: int) -> list[tuple[int, int]]:
-        """The (index, epoch) pairs of this process's micro-batch ``micro`` of ``step``."""
+        """The (index, epoch) pairs of this process's micro-batch `micro` of `step`."""
         first = ((step * self.accumulation + micro) * self.processes + self.rank) * self.batch_size
         return [self.entry(number) for number in range(first, first + self.batch_size)]
 
 
 class MicroBatches(Sampler[list[Key]]):
-    """Batch sampler: this process's micro-batches, ``accumulation`` a step, from ``start`` up to ``stop`` steps."""
+    """Batch sampler: this process's micro-batches, `accumulation` a step, from `start` up to `stop` steps."""
 
     def __init__(self, order: Order, accumulation: int, start: int, stop: int) -> None:
         self.order = order
@@ -133,8 +133,8 @@ class EpochItems(Dataset[Any]):
     """A dataset addressed by the keys of its order, (index, epoch) if it brings none.
 
     An item must be a pure function of its key, or a resumed run is not the run that was interrupted. A dataset that
-    draws anew in each epoch (crops, frame positions) offers ``sample(index, epoch)``, one with an order of its own
-    ``sample(*key)``; any other is asked by ``dataset[index]``.
+    draws anew in each epoch (crops, frame positions) offers `sample(index, epoch)`, one with an order of its own
+    `sample(*key)`; any other is asked by `dataset[index]`.
     """
 
     def __init__(self, dataset: Any) -> None:

@@ -63,7 +63,7 @@ def read_clip(
     """Decode a clip by time.
 
     Args:
-        video: The file. If it is a ``Media`` with a span, the clip lies within it.
+        video: The file. If it is a `Media` with a span, the clip lies within it.
         frames: How many frames.
         start: Seconds into the file; the first frame is the one shown then. None: where the span begins.
         fps: Sample the frames shown at start, start + stride / fps, ...; None takes the file's own frames.
@@ -72,10 +72,10 @@ def read_clip(
         reader: "pyav" or "decord".
 
     Returns:
-        uint8 ``T H W 3``, RGB, upright, and when each frame begins, in seconds.
+        uint8 `T H W 3`, RGB, upright, and when each frame begins, in seconds.
 
     Raises:
-        DamagedVideo: the file is damaged between the key frame before ``start`` and the clip's end.
+        DamagedVideo: the file is damaged between the key frame before `start` and the clip's end.
         ShortVideo: it, or its span, ends before the clip does.
         UserError: no such file, no video, or an unknown or missing reader.
     """
@@ -114,18 +114,18 @@ def draw_clip(
     size: tuple[int, int] | None = None,
     reader: str = "pyav",
 ) -> tuple[NDArray[np.uint8], list[float]]:
-    """A clip that starts at a share ``draw`` in [0, 1) of the places where it can.
+    """A clip that starts at a share `draw` in [0, 1) of the places where it can.
 
-    The places are those that ``info`` promises. Where the file then turns out to be damaged or shorter, they are those
+    The places are those that `info` promises. Where the file then turns out to be damaged or shorter, they are those
     before its first damage or its true end, so that what is whole is used.
 
     Returns:
-        As ``read_clip``.
+        As `read_clip`.
 
     Raises:
         ShortVideo: the clip does not fit.
         DamagedVideo: it does not fit in what is before the damage.
-        UserError: as ``read_clip``.
+        UserError: as `read_clip`.
     """
     promised, spare = check_length(media, info, frames, fps, stride)
     span = (frames - 1) * stride + 1
@@ -150,10 +150,10 @@ def draw_clip(
 
 
 def check_length(media: Media, info: VideoInfo, frames: int, fps: float | None, stride: int) -> tuple[int, float]:
-    """Whether a clip, as for ``draw_clip``, fits in what ``info`` promises.
+    """Whether a clip, as for `draw_clip`, fits in what `info` promises.
 
     Returns:
-        The frames of the file or its span; the seconds by which a clip of ``fps`` can be moved in it (0 without).
+        The frames of the file or its span; the seconds by which a clip of `fps` can be moved in it (0 without).
 
     Raises:
         ShortVideo: it does not fit.
@@ -208,7 +208,7 @@ def frame_times(video: Readable, reader: str = "pyav") -> list[float]:
 
 
 def _every(shown: Iterable[Timed], stride: int, end: Fraction | None) -> Iterator[Timed]:
-    """Every stride-th frame that begins before ``end``."""
+    """Every stride-th frame that begins before `end`."""
     for number, frame in enumerate(shown):
         if end is not None and frame.begin >= end - GRACE:
             return
@@ -217,7 +217,7 @@ def _every(shown: Iterable[Timed], stride: int, end: Fraction | None) -> Iterato
 
 
 def _at(shown: Iterable[Timed], start: Fraction, period: Fraction, end: Fraction | None) -> Iterator[Timed]:
-    """The frames shown at start, start + period, ... before ``end``."""
+    """The frames shown at start, start + period, ... before `end`."""
     time, current = start, None
     for following in shown:
         while current is not None and time < following.begin - GRACE:
@@ -259,7 +259,7 @@ class _Window:
     tick: Fraction
 
     def timed(self, frames: Iterator[av.VideoFrame]) -> Iterator[Timed]:
-        """Frames with their times; damage becomes a ``DamagedVideo``."""
+        """Frames with their times; damage becomes a `DamagedVideo`."""
         try:
             for frame in frames:
                 yield Timed((_pts(frame) - self.origin) * self.tick, self.interval * self.tick, frame)
@@ -270,7 +270,7 @@ class _Window:
 
 
 def _by_pyav(media: Media, start: Fraction) -> Iterator[Timed]:
-    """Frames in order, from the one shown at ``start`` on; none if the file ends before."""
+    """Frames in order, from the one shown at `start` on; none if the file ends before."""
     with open_video(media) as (container, stream):
         if not _has_times(container):
             raise _NoTimes
@@ -331,7 +331,7 @@ def _shown(frames: Iterable[av.VideoFrame], window: _Window) -> Iterator[av.Vide
 
 
 def _sought(container: InputContainer, stream: av.VideoStream, window: _Window) -> Iterator[av.VideoFrame] | None:
-    """As ``_shown``, from a key frame on; None if no seek is early enough and decodes."""
+    """As `_shown`, from a key frame on; None if no seek is early enough and decodes."""
     target, back = int(window.high), int(1 / window.tick)
     while target > window.origin:
         try:
@@ -348,7 +348,7 @@ def _sought(container: InputContainer, stream: av.VideoStream, window: _Window) 
 def _after_key_frame(
     container: InputContainer, stream: av.VideoStream, target: int, window: _Window
 ) -> Iterator[av.VideoFrame]:
-    """Seek to ``target``; frames from the key frame there on, none if that is beyond the window."""
+    """Seek to `target`; frames from the key frame there on, none if that is beyond the window."""
     container.seek(target, stream=stream)
     key: int | None = None
     for packet in container.demux(stream):
@@ -373,7 +373,7 @@ def _pts(frame: av.VideoFrame) -> int:
 
 
 def _by_index(media: Media, start: Fraction) -> Iterator[Timed]:
-    """As ``_by_pyav``, for files without times: frame i of r frames a second begins at i / r."""
+    """As `_by_pyav`, for files without times: frame i of r frames a second begins at i / r."""
     with open_video(media) as (container, stream):
         interval = 1 / Fraction(frame_rate(stream, media))
         frames = enumerate(decode(container, stream))
@@ -388,7 +388,7 @@ def _by_index(media: Media, start: Fraction) -> Iterator[Timed]:
 
 
 def _by_decord(media: Media, start: Fraction) -> Iterator[Timed]:
-    """As ``_by_pyav``, by decord.
+    """As `_by_pyav`, by decord.
 
     It cannot be told to report damage that its decoder can paint over, and rounds times to 32-bit floating point.
     """

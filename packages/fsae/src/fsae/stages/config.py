@@ -133,7 +133,7 @@ class AutoencoderConfig:
         freeze_encoder: Train the decoder alone; latents, and their statistics, stay what they are.
         frames: Frames of a clip, 1 + 4k; 1 trains on images.
         height: Clips are resized and cropped to this height, a multiple of 64.
-        width: Likewise.
+        width: As height: their width, a multiple of 64.
         stride: Take every stride-th frame of a file.
         perceptual_weights: Files (.safetensors or .pth) that together hold the trunk (AlexNet or VGG16) and
             the linear heads of LPIPS; without them the loss is L1 alone.

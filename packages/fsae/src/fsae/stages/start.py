@@ -16,7 +16,7 @@ from fsae.weights.variants import to_lite, to_standard
 
 
 def prepared_model(config: AutoencoderConfig) -> FSAE:
-    """The model that ``config`` names, converted, in the memory layout and with the checkpointing it asks for.
+    """The model that `config` names, converted, in the memory layout and with the checkpointing it asks for.
 
     A preset has random weights, which follow from torch's own random state, and starts small; a saved model is taken as
     it is.

@@ -144,7 +144,7 @@ class Report:
         carried: what the given model or checkpoint holds and the result has, by the given one's names.
         dropped: what the given one holds and the result has not, by the given one's names.
         new: what only the result has, by its own names.
-        parts: beginnings of names, each of which has columns of its own in the table; all in one if there are none.
+        parts: prefixes of names; each has its own columns in the table. Without any, all names share one pair.
     """
 
     carried: Mapping[str, int]

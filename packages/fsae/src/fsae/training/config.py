@@ -67,7 +67,7 @@ class ScheduleConfig:
         require(0 <= self.min_ratio <= 1, "schedule.min_ratio", self.min_ratio, "a number in [0, 1]")
 
     def factor(self, step: int, max_steps: int) -> float:
-        """Share of the peak learning rate for the update that follows ``step`` finished ones.
+        """Share of the peak learning rate for the update that follows `step` finished ones.
 
         A pure function of the step, so a resumed run has no schedule state to restore.
         """
@@ -98,7 +98,7 @@ class LoopConfig:
         seed: Decides data order, noise and every other draw of the run.
         mixed_precision: "no" (fp32), or autocast to "bf16" or "fp16". Weights and averages stay fp32.
         sharding: With several processes, "ddp" keeps the whole model in each of them, "fsdp2" a part of its weights,
-            moments and average, by torch, and "zero3" likewise, by DeepSpeed's ZeRO-3 (needs the extra
+            moments and average, by torch, and "zero3" the same, by DeepSpeed's ZeRO-3 (needs the extra
             fsae[deepspeed]). Checkpoints are the same, and a run may go on under another. One process has nothing
             to split and trains as under "ddp".
         max_minutes: Save and stop after this much wall-clock time; 0 sets no limit.
@@ -158,7 +158,7 @@ class LoopConfig:
         """The settings that decide the weights: a checkpoint made under others cannot be continued.
 
         How often a run logs, validates or saves, where it does so, how many workers feed it, whether its weights
-        are sharded and when it is stopped leave the weights alone. With a constant schedule so does ``max_steps``:
+        are sharded and when it is stopped leave the weights alone. With a constant schedule so does `max_steps`:
         such a run may be made longer.
         """
         settings = asdict(self)

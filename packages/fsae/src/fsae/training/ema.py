@@ -23,7 +23,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after update number ``step`` (the first is 0)."""
+        """Take in the weights after update number `step` (the first is 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         weights = [p.detach() for p in self.parameters.values()]
         torch._foreach_lerp_(list(self.shadow.values()), weights, 1 - decay)
@@ -36,7 +36,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def load(self, shadow: Mapping[str, Tensor]) -> None:
-        """Take over a stored average, split as the weights are; its names are those of ``shadow``."""
+        """Take over a stored average, split as the weights are; its names are those of `shadow`."""
         for name, tensor in self.shadow.items():
             tensor.copy_(shadow[name])
 

@@ -21,7 +21,7 @@ class Logs:
     """Scalars and images of one run; made in the main process only.
 
     Args:
-        output_dir: The run's folder. Events go to ``tensorboard/``, validation images to ``validation/``.
+        output_dir: The run's folder. Events go to `tensorboard/`, validation images to `validation/`.
         start: First step of this session; events a killed run wrote beyond it are hidden.
         tensorboard: Whether to write events.
     """
@@ -76,7 +76,7 @@ class Logs:
 
 
 def frame_grid(rows: Sequence[Tensor]) -> Tensor:
-    """Clips ``N 3 T H W`` in [-1, 1], a row each -> first, middle and last frames, ``3 H' W'`` in [0, 1]."""
+    """Clips `N 3 T H W` in [-1, 1], a row each -> first, middle and last frames, `3 H' W'` in [0, 1]."""
     frames = rows[0].shape[2]
     shown = sorted({0, frames // 2, frames - 1})
     strips = [torch.cat([clip[:, t] for clip in row for t in shown], dim=-1) for row in rows]

@@ -44,7 +44,7 @@ class StopRequests:
 
 
 class WorkerSignals:
-    """A loader's ``worker_init_fn``: terminals and schedulers signal the whole group, only the loop may answer.
+    """A loader's `worker_init_fn`: terminals and schedulers signal the whole group, only the loop may answer.
 
     Once the run has ended, SIGTERM ends a worker again. Python sends it on exit to workers that are still there, as
     they are when an error keeps hold of their loader, and waits for them.

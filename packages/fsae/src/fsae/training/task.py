@@ -17,15 +17,15 @@ KEEP = "keep_"
 
 
 class Task:
-    """What is trained. Subclass it, set ``modules`` and write ``loss``; for adversaries also ``opponents``.
+    """What is trained. Subclass it, set `modules` and write `loss`; for adversaries also `opponents`.
 
     Attributes:
-        modules: What is trained, saved and averaged, by name. Parameters with ``requires_grad=False`` keep
+        modules: What is trained, saved and averaged, by name. Parameters with `requires_grad=False` keep
             their value.
-        opponents: Modules that are trained against ``modules`` (a discriminator), by name: on ``opponent_loss``,
-            with an optimiser of their own. They are saved and resumed, not averaged. While ``loss`` runs and is
-            differentiated their parameters collect no gradients, nor do those of ``modules`` in
-            ``opponent_loss``.
+        opponents: Modules that are trained against `modules` (a discriminator), by name: on `opponent_loss`,
+            with an optimiser of their own. They are saved and resumed, not averaged. While `loss` runs and is
+            differentiated their parameters collect no gradients, nor do those of `modules` in
+            `opponent_loss`.
         opponent_optimizer: Settings of that optimiser; its rate follows the same schedule.
         frozen: Modules that the loss only reads (a perceptual network, a frozen encoder). The loop puts them
             on the device in eval mode; they are not saved.
@@ -48,13 +48,13 @@ class Task:
         """The loss of one micro-batch, already on the device.
 
         Args:
-            batch: What ``collate`` made of the dataset's items.
+            batch: What `collate` made of the dataset's items.
             generator: CPU generator that follows from (seed, step, micro-batch, process). Draw all noise from
                 it.
 
         Returns:
             "loss", a scalar with a gradient, and any further scalars to log. Tensors of any shape under names
-            that begin with "keep_" are not logged but handed to ``opponent_loss``, detached.
+            that begin with "keep_" are not logged but handed to `opponent_loss`, detached.
         """
         raise NotImplementedError
 
@@ -64,9 +64,9 @@ class Task:
         """The opponents' loss of the same micro-batch, after the model's gradients of it are computed.
 
         Args:
-            batch: As in ``loss``.
-            outputs: What ``loss`` returned under "keep_" names, with these names.
-            generator: Another generator than that of ``loss``, made in the same way.
+            batch: As in `loss`.
+            outputs: What `loss` returned under "keep_" names, with these names.
+            generator: Another generator than that of `loss`, made in the same way.
             step: Updates done.
 
         Returns:
@@ -85,9 +85,9 @@ class Task:
         return {}
 
     def share_samples(self, group: ProcessGroup | None) -> None:
-        """Work on each sample together with the processes of ``group``; alone again with None.
+        """Work on each sample together with the processes of `group`; alone again with None.
 
-        Called only with ``ranks_per_sample`` above 1, before the first step and when the run is over. The gradients
+        Called only with `ranks_per_sample` above 1, before the first step and when the run is over. The gradients
         of all processes are averaged, so the mean over those of a group must be the gradient of their samples.
         """
         raise NotImplementedError

@@ -27,7 +27,7 @@ class FlowMatchingConfig:
         train_encoders: Train the text and image encoder with the transformer; by default only those that start random.
         frames: Frames of a clip, 1 + 4k; 1 trains on images.
         height: Clips are resized and cropped to this height, a multiple of 64.
-        width: Likewise.
+        width: As height: their width, a multiple of 64.
         stride: Take every stride-th frame of a file.
         flow: Noise levels: logit-normal with mean and std, then shifted.
         huber_delta: Where the pseudo-Huber loss turns from square to linear, as a root mean square error.
@@ -111,7 +111,7 @@ class TransformerConfig(FlowMatchingConfig):
         model_options: Values that replace some of the preset's, by name.
         frames: Frames of a clip, 1 + 4k; 1 trains on images. With cache, of the clips to validate on.
         height: Clips are resized and cropped to this height, a multiple of 64. With cache as frames.
-        width: Likewise.
+        width: As height: their width, a multiple of 64.
         validation_data: Folder or list of held-out clips to validate on, with cache a cache of such; without it, the
             first training clips.
     """

@@ -42,7 +42,7 @@ class UpsamplerConfig:
         model: A preset's name, or the folder of a saved LatentUpsampler to go on from.
         frames: Frames of a clip, 1 + 4k; 1 trains on images.
         height: Clips are resized and cropped to this height, a multiple of 128: twice the autoencoder's 64.
-        width: Likewise.
+        width: As height: their width, a multiple of 128.
         stride: Take every stride-th frame of a file.
         loss: Weights of the loss.
         perceptual_weights: Files (.safetensors or .pth) that together hold LPIPS's trunk and linear heads;
@@ -143,7 +143,7 @@ class RefinerConfig(FlowMatchingConfig):
         model: Folder of the saved FSDiT to start from, best the base model, or a preset's name for random
             weights.
         height: Clips are resized and cropped to this height, a multiple of 128: twice the autoencoder's 64.
-        width: Likewise.
+        width: As height: their width, a multiple of 128.
         flow: Noise levels; larger clips want a larger shift.
         validation_steps: Sampling steps for the validation clips.
         validation_guidance: Their classifier-free guidance; the refiner needs none.
