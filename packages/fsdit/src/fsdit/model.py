@@ -90,7 +90,7 @@ class FSDiTBlock(nn.Module):
         return hidden, retrieve(states, self.router(hidden), shift, scale, self.eps)
 
     def _fuses(self, x: Tensor) -> bool:
-        """Whether Layer Memory runs as Triton kernels: where told to, else on a GPU for which there is Triton."""
+        """Whether Layer Memory runs as Triton kernels: where they are set, else on a GPU that has Triton."""
         if self.memory_kernel == "auto":
             return x.is_cuda and find_spec("triton") is not None
         return self.memory_kernel == "fused"
@@ -280,8 +280,9 @@ class FSDiT(StrictModelMixin):
             hidden_states: `B in_channels t h w`; t, h, w divisible by the patch.
             timestep: `B`, 1000·sigma as floats.
             encoder_hidden_states: text, `B L text_dim` with L <= text_len; one text serves any batch.
-            encoder_hidden_states_image: image, `B M image_dim`; required unless image_dim is None. Likewise.
-            cache: keeps what only depends on text and image from call to call, in inference.
+            encoder_hidden_states_image: image, `B M image_dim`; required unless image_dim is None; one image
+                serves any batch.
+            cache: of a sampling run, which keeps from step to step what depends on text and image alone.
 
         Returns:
             `B out_channels t h w` in the dtype of the model's weights (or of autocast).
@@ -313,7 +314,7 @@ class FSDiT(StrictModelMixin):
         return self._unpatchify(x, grid)
 
     def _context(self, text: Tensor, image: Tensor | None, cache: ContextCache | None) -> Embedded:
-        """What cross-attention sees; from the cache, if there is one and it has it."""
+        """What cross-attention sees: taken from the cache, or made and put there."""
         if cache is None:
             return self._embed(text, image)
         cache.begin(text, image)

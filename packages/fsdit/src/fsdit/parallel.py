@@ -83,8 +83,8 @@ class ContextParallel:
 
         Args:
             query: this process's tokens, `B n heads head_dim`; sent in the dtype of `value`, as attention has it.
-            key: likewise.
-            value: likewise.
+            key: of the same shape, sent in the same dtype.
+            value: of the same shape.
             attention: called once, with all tokens of this process's heads: `B N ceil(heads / size) head_dim`.
             length: N, without padding.
 

@@ -41,7 +41,7 @@ class RouterMap:
 
     Attributes:
         maximum: `L-1 L` float64, layer l in row l-2, state j in column j; nan where the layer has no such state.
-        mean: likewise.
+        mean: of the same form.
         tokens: how many tokens each figure is of.
     """
 
@@ -76,7 +76,7 @@ class RouterTally:
 
     Attributes:
         largest: for each layer, `l` float64.
-        total: likewise, sums over tokens.
+        total: for each layer, sums over the tokens, `l` float64.
         tokens: for each layer, how many.
     """
 
@@ -107,7 +107,7 @@ class RouterTally:
 
 @contextmanager
 def watch_routers(model: FSDiT) -> Iterator[RouterTally]:
-    """While this is entered, whatever runs the model adds its routers' weights, gates included, to the tally.
+    """A context in which every run of the model adds its routers' weights, gates included, to the tally.
 
     Raises:
         UserError: the model has no Layer Memory.

@@ -1,5 +1,4 @@
-"""What the refiner is conditioned on (paper §2.4.2): the image's own latent, the upsampled draft, and how far
-to trust it.
+"""The refiner's condition (paper §2.4.2): the image's own latent, the upsampled draft, and how far to trust it.
 
 The refiner is an FSDiT that denoises high-resolution latents from pure noise. Its condition has the shape of
 the base model's (`fsdit.conditioning.Condition`), filled differently:

@@ -1,7 +1,7 @@
-"""Training against the refiner's comfort (paper §2.4.2): the draft is shuffled, partly replaced by the truth,
+"""What keeps the refiner from copying its draft (paper §2.4.2): the draft is shuffled, partly replaced by the truth,
 or dropped.
 
-A refiner that may copy its condition learns nothing else. Each function takes the condition of a batch
+A refiner that can copy its condition learns nothing else. Each function takes the condition of a batch
 (latents `B C t h w`, mask `B mask_channels t h w`) and draws from a CPU generator for each sample on its own.
 Frame 0 is the image's and is never touched.
 """
@@ -16,7 +16,7 @@ from fsupsampler.training.config import RegularizationConfig
 
 
 def regularize(condition: Condition, clean: Tensor, config: RegularizationConfig, generator: Generator) -> Condition:
-    """Shuffle, then replace, then drop: true frames keep their places, and what is dropped is dropped whole.
+    """Shuffle, then replace, then drop: so true frames keep their places, and a dropped draft is dropped whole.
 
     Args:
         condition: as `fsupsampler.refiner.refiner_condition` makes it.
@@ -69,7 +69,7 @@ def frame_order(t: int, config: RegularizationConfig, generator: Generator) -> T
 def replace_frames(
     condition: Condition, clean: Tensor, config: RegularizationConfig, generator: Generator
 ) -> Condition:
-    """Some drafted frames become the true ones, with mask 1, so that the mask is believed in every frame.
+    """Some drafted frames become the true ones, with mask 1, so that the model learns to trust the mask in every frame.
 
     In a share `config.replacement` of the samples; there, each frame with a probability that is uniform
     between 0 and `config.replacement_fraction`.
@@ -85,7 +85,7 @@ def replace_frames(
 
 
 def drop_condition(condition: Condition, probability: float, generator: Generator) -> Condition:
-    """A share of the samples loses its draft, latents and mask: plain image-to-video, not to be forgotten."""
+    """A share of the samples loses its draft, latents and mask, so that plain image-to-video is not forgotten."""
     batch, _, t = condition.latents.shape[:3]
     kept = torch.rand(batch, 1, generator=generator) >= probability
     frames = kept.expand(batch, t).clone()

@@ -21,15 +21,15 @@ def main(argv: list[str]) -> int:
     from fsdit.preparation.cache import make_cache
 
     report = make_cache(config)
-    tell_skipped(report.skipped)
+    report_skipped(report.skipped)
     print(f"saved {report.folder}: {report.samples} samples, {report.made} shards made, {report.kept} there before")
     if report.missing:
         print(f"{report.missing} shards are still to be made by the other processes")
     return 0
 
 
-def tell_skipped(skipped: Mapping[str, str]) -> None:
-    """Say how many files were left out, and of the first ten why."""
+def report_skipped(skipped: Mapping[str, str]) -> None:
+    """Say on stderr how many files were left out, and the reasons of the first ten."""
     if skipped:
         named = "; ".join(f"{path}: {reason}" for path, reason in list(skipped.items())[:10])
         more = f"; and {len(skipped) - 10} more" if len(skipped) > 10 else ""

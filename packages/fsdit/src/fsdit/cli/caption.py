@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fsae.commandline import read_settings
-from fsdit.cli.cache import tell_skipped
+from fsdit.cli.cache import report_skipped
 
 
 def main(argv: list[str]) -> int:
@@ -16,6 +16,6 @@ def main(argv: list[str]) -> int:
     from fsdit.preparation.captions import write_captions
 
     report = write_captions(config)
-    tell_skipped(report.skipped)
+    report_skipped(report.skipped)
     print(f"saved {report.path}: {report.asked} captions written, {report.kept} there before")
     return 0

@@ -25,7 +25,7 @@ class RouterMapConfig:
         cache: Folder that "fsdit cache" made, in place of data.
         frames: Frames of a clip of data, 1 + 4k; a cache has its own, as all that follows down to stride.
         height: Clips of data are resized and cropped to this height, a multiple of 64.
-        width: Likewise.
+        width: The clips' width, a multiple of 64.
         stride: Take every stride-th frame of a file of data.
         samples: How many clips at most, spread over the data or cache.
         batch_size: Clips of one size that the model sees together.

@@ -1,4 +1,4 @@
-"""The two encoders of what steers the transformer: UMT5 for the prompt, CLIP for the first frame (paper §2.3.1).
+"""UMT5 encodes the prompt, CLIP the first frame; the transformer attends to both (paper §2.3.1).
 
 Shapes: text embeddings `B L text_dim` (L = text_len), image embeddings `B M image_dim` (M patches and the class
 token), images `B 3 H W` in [-1, 1].
@@ -69,7 +69,7 @@ class TextEncoder(nn.Module):
         """Encode `B` prompts; differentiable with respect to the model's weights.
 
         Raises:
-            ValueError: no prompt, or one that stands in no list, whose letters would be taken for prompts.
+            ValueError: no prompt, or a bare string, each letter of which would be taken for a prompt.
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"{prompts!r} given; give a list of prompts, a single one as [prompt]")
@@ -102,7 +102,7 @@ def resize_for_clip(images: Tensor, size: int) -> Tensor:
 class ImageEncoder(nn.Module):
     """Images to CLIP patch features: the state before the last block, with class token, without the final norm.
 
-    Frames of any size are taken to the tower's square by `resize_for_clip`.
+    Frames of any size are resized to the tower's square by `resize_for_clip`.
 
     Args:
         model: a transformers `CLIPVisionModel`.

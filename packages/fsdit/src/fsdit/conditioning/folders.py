@@ -1,4 +1,4 @@
-"""Encoders by name: loaded from a folder of saved ones, or made anew as nano ones, and told apart by fingerprints."""
+"""Encoders loaded from the folder of saved ones, or made anew as nano ones; fingerprints to tell them apart."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def load_text_encoder(source: str | Path, text_len: int) -> TextEncoder:
 
 
 def load_image_encoder(source: str | Path) -> ImageEncoder:
-    """The image encoder; `source` is "nano" or a folder with image_encoder in it, errors as `load_text_encoder`."""
+    """The image encoder of "nano" or of a folder with image_encoder in it; errors are those of `load_text_encoder`."""
     if str(source) == "nano":
         return ImageEncoder(nano_image_encoder())
     from transformers import CLIPVisionModel
@@ -54,13 +54,13 @@ def load_image_encoder(source: str | Path) -> ImageEncoder:
 
 
 def text_encoder_fingerprint(source: str | Path) -> str:
-    """What decides the text embeddings: the encoder's configuration and weights, and the tokenizer; quickly."""
+    """A hash of what decides the text embeddings: the encoder's configuration and weights, and the tokenizer."""
     folder = _encoders_folder(source, or_nano=False)
     return folder_fingerprint(folder / "text_encoder", folder / "tokenizer")
 
 
 def image_encoder_fingerprint(source: str | Path) -> str:
-    """What decides the image embeddings; quickly."""
+    """A hash of what decides the image embeddings: the encoder's configuration and weights."""
     return folder_fingerprint(_encoders_folder(source, or_nano=False) / "image_encoder")
 
 
@@ -74,9 +74,9 @@ def _encoders_folder(source: str | Path, or_nano: bool = True) -> Path:
 
 @contextmanager
 def loaded(load: Callable[[], Module], device: str | torch.device = "cpu") -> Iterator[Module]:
-    """A model for as long as it is used: loaded, in eval mode, on its device; then its weights are given back.
+    """A context in which a model is loaded, in eval mode, on its device; on leaving, its memory is freed.
 
-    They are given back whoever still holds the model, which computes nothing from then on.
+    Its weights are gone then even where the model is still referred to, so that it can no longer be called.
     """
     module = load().to(device).eval()
     try:

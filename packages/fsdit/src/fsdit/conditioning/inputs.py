@@ -24,7 +24,8 @@ class Context:
 
 @dataclass(frozen=True)
 class Condition:
-    """Known latents `B C t h w`, zero where nothing is known, and the trust in them, `B mask_channels t h w`."""
+    """Known latents `B C t h w`, zero where nothing is known; the mask says how far to trust them, 0 to 1,
+    `B mask_channels t h w`."""
 
     latents: Tensor
     mask: Tensor
@@ -32,7 +33,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class FlowBatch:
-    """Clean latents `B C t h w`, what the model is told of them, and what steers it."""
+    """A batch to learn from: clean latents `B C t h w`, the condition they are learned under, and the context."""
 
     latents: Tensor
     condition: Condition
@@ -57,7 +58,7 @@ def first_frame_condition(first_latent: Tensor, t: int, mask_channels: int = 4) 
 
 
 def nothing_known(latents: Tensor, mask_channels: int = 4) -> Condition:
-    """The condition of clips `B C t h w` that are made of the prompt alone: zeros, and no trust in them."""
+    """The condition of clips `B C t h w` that are made from the prompt alone: latents and mask are zero."""
     batch, _, *grid = latents.shape
     return Condition(torch.zeros_like(latents), latents.new_zeros(batch, mask_channels, *grid))
 
@@ -65,7 +66,7 @@ def nothing_known(latents: Tensor, mask_channels: int = 4) -> Condition:
 def training_condition(latents: Tensor, mask_channels: int = 4) -> Condition:
     """The condition that clean clips `B C t h w` are learned under: their first latent is known.
 
-    Of a single frame nothing is: its first latent is all of it, so that the model would be shown what it is to find.
+    Of a single frame nothing is known: its first latent is the very target.
     """
     if latents.shape[2] == 1:
         return nothing_known(latents, mask_channels)
@@ -75,8 +76,8 @@ def training_condition(latents: Tensor, mask_channels: int = 4) -> Condition:
 def training_context(context: Context, t: int) -> Context:
     """The context that clips of t latent frames are learned under: of a single frame, zeros for the image features.
 
-    They are of the very picture that is to be found. What made them still gets gradients, which are zero: several
-    processes wait for the gradient of every trained weight.
+    Its image features are of the very target. The encoder still gets gradients, which are zero: several processes wait
+    for the gradient of every trained weight.
     """
     if t > 1 or context.image is None:
         return context

@@ -1,9 +1,8 @@
-"""Encoders and tokenizers of transformers, loaded strictly: a file that is missing, cut short or foreign is an error
-that names it.
+"""Encoders and tokenizers of transformers, loaded strictly.
 
-transformers itself would replace missing tensors by random ones and go on, import a tokenizer that a folder brings
-along, and download the attention that a configuration names. Here a folder is data: what it names is looked up in the
-lists below, and nothing of it is run.
+A file that is missing, cut short or of another model is an error that names it. transformers itself would replace
+missing tensors by random ones and go on, import a tokenizer's code from its folder, and download the attention that a
+configuration names. Here a folder is data: what it names is looked up in the lists below, and nothing of it is run.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from fsae.storage.checkpoint import tensor_shapes
 from fsae.storage.files import read_json
 from fsae.storage.fingerprint import weights_fingerprint
 
-# Of a configuration, what says where and by what it was written.
+# Keys of a configuration that say where and by which version it was written, and decide no output.
 _FLEETING = ("_name_or_path", "transformers_version")
 
 # Bytes (nano), UMT5's, Qwen2.5-VL's, and those that are described by their tokenizer.json alone.
@@ -98,7 +97,7 @@ def load_tokenizer(folder: Path, class_name: str | None = None) -> Any:
         class_name: of the class, as a pipeline's index names it; None leaves the choice to transformers.
 
     Raises:
-        CheckpointError: its class is not in `TOKENIZERS` or its own code, or its files are missing or damaged.
+        CheckpointError: its class is not in `TOKENIZERS`, it names code of its own, or a file is missing or damaged.
     """
     import transformers
 
@@ -122,7 +121,7 @@ def load_tokenizer(folder: Path, class_name: str | None = None) -> Any:
 
 
 def folder_fingerprint(folder: Path, *others: Path) -> str:
-    """What decides what an encoder gives, from its files: nothing is loaded but some values of each tensor.
+    """A hash of what decides an encoder's output, made of its files; of each tensor only some values are read.
 
     Args:
         folder: where `save_pretrained` put the encoder.
@@ -159,7 +158,7 @@ def _check_tokenizer(name: object, source: Path) -> None:
 
 
 def _named_attention(config: Mapping[str, Any]) -> Iterator[object]:
-    """The attention that a configuration or one within it names, for all of the model or by its parts."""
+    """Every name of an attention in a configuration, nested ones and those by part included."""
     for key, value in config.items():
         if key in _ATTENTION_KEYS:
             yield from value.values() if isinstance(value, Mapping) else [value] * (value is not None)
@@ -169,7 +168,7 @@ def _named_attention(config: Mapping[str, Any]) -> Iterator[object]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without its table of keys that do not fit and its progress bars: one sentence says it."""
+    """No progress bars, and no table of keys that do not fit: our own error says it in one sentence."""
     from transformers import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

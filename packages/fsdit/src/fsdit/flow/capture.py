@@ -18,8 +18,8 @@ from fsdit.model import FSDiT
 class CapturedDenoise:
     """`denoise` as one CUDA graph: all steps of all blocks are launched at once and the host has nothing to do.
 
-    The graph holds for the shapes, the steps and the weights' places that it was made with; weights may change in
-    place. It keeps its own working memory, about what one forward takes and the keys and values of every block.
+    The graph is bound to the shapes, the steps and the weights' memory that it was made with; weights may change in
+    place. It keeps working memory of its own: that of one forward, and the keys and values of every block.
 
     Args:
         model: on a GPU, in eval mode, compiled or not.

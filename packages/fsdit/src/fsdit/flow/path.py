@@ -1,8 +1,8 @@
-"""The one definition of the flow, for training, sampling and all that follows: path, noise levels, loss (paper §2.3.2).
+"""The one definition of the flow that training, sampling and distillation share: path, levels, loss (paper §2.3.2).
 
     z_s = (1 - s)·z0 + s·eps,    v = eps - z0,    z0 = z_s - s·v,    0 <= s <= 1, and s = 1 is pure noise
 
-The model is told 1000·s, a float. A resolution's shift k moves noise levels towards 1: s -> k·s / (1 + (k - 1)·s).
+The model's timestep is 1000·s, a float. A resolution's shift k moves levels towards 1: s -> k·s / (1 + (k - 1)·s).
 This file imports no torch, so that configurations can hold a schedule.
 """
 

@@ -1,9 +1,9 @@
 """Denoising: from noise to latents along the flow, with classifier-free guidance in one batch (paper §3.2).
 
-Shapes: noise and latents `B C t h w`. State and guidance are kept in float32, and the model is told the unrounded
-timestep 1000·sigma, as in training. What cross-attention makes of prompt and image is the same in every step and is
-made once. Between the first step and the last the host waits for nothing, so that a GPU is never idle and the whole
-run can be one CUDA graph (`fsdit.flow.capture`).
+Shapes: noise and latents `B C t h w`. State and guidance are kept in float32, and the model's timestep 1000·sigma is
+not rounded, as in training. What cross-attention makes of prompt and image is the same in every step and is made once.
+Between the first step and the last the host waits for nothing, so that a GPU is never idle and the whole run can be one
+CUDA graph (`fsdit.flow.capture`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Step:
 
 
 StepCallback = Callable[[Step], bool | None]
-"""Called after every step. True ends the sampling with the clean estimate of that step; what it raises, without one."""
+"""Called after every step. True ends the sampling with that step's clean estimate; an exception ends it without."""
 
 
 class GuidedVelocity:

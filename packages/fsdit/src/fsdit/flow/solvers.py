@@ -11,7 +11,7 @@ With m = z - s·v the model's estimate of the clean latents at level s, and λ =
             correct   z' = (s'/s)·z - (1 - s')·e·(m + ρ_1·D + ρ_2·(m' - m)), once m' is known at s', from the same
                       evaluation that the next prediction starts with
 
-The first step, for want of D, and the last one are of order 1: D is left out, ρ_2 is 1/2.
+The first step has no D, and the last is taken without: both are of order 1, with ρ_2 = 1/2.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ from fsdit.layers.attention import CrossAttention, KeysValues
 class ContextCache:
     """One sampling run's state: what each layer made of the prompt and the image.
 
-    It depends on the two alone, so that a run which gives the model one cache in all its steps computes it once. A
-    layer that is in the cache has seen the prompt; one that is not sees it next. For inference: what is kept carries
-    no gradients, and values that change in place, of the tensors or of the weights, go unnoticed.
+    That depends on the two alone. A run that gives the model the same cache in all its steps computes it once: a layer
+    that is in the cache is not asked again. For inference: what is kept carries no gradients. Other tensors empty the
+    cache; values that change in place, of the tensors or of the weights, go unnoticed.
     """
 
     def __init__(self) -> None:
@@ -40,14 +40,15 @@ class ContextCache:
 
 
 class Embedded(NamedTuple):
-    """Text `B L D` and image `B M D`, of which each cross-attention makes keys and values; and the run's cache."""
+    """Text and image, of which each cross-attention makes its keys and values, and the cache of a sampling run."""
 
     text: Tensor
     image: Tensor | None
     cache: ContextCache | None = None
 
     def keys_values(self, attention: CrossAttention) -> KeysValues:
-        """Of one block. Called in the block's own forward: only there are its weights sure to be on the device."""
+        """The keys and values of one block, which calls this in its forward: only there are its weights sure to be
+        on the device."""
         if self.cache is None:
             return attention.keys_values(self.text, self.image)
         if attention not in self.cache:

@@ -21,7 +21,7 @@ class Rotary(NamedTuple):
 
     Attributes:
         cosine: float32 `n 1 P` with P = head_dim / 2 channel pairs.
-        sine: Likewise.
+        sine: float32 `n 1 P`.
         length: N, the tokens of the whole sequence; n are those at hand, fewer where processes share a sequence.
     """
 

@@ -29,8 +29,8 @@ from fsdit.training.samples import write_samples_if_possible
 
 
 class Draws(NamedTuple):
-    """What is drawn for a batch: noise `B C t h w`, levels sigma `B`, and `B` numbers in [0, 1) of which those
-    below the dropout drop a caption."""
+    """The random numbers of a batch: noise `B C t h w`, levels sigma `B`, and numbers `B` in [0, 1); where these are
+    below the dropout, the caption is dropped."""
 
     noise: Tensor
     sigma: Tensor
@@ -41,16 +41,16 @@ class FlowMatchingTask(Task):
     """Predict the velocity of noised latents from the first latent, the first frame and the caption.
 
     A clip of one frame is learned from its caption alone, as text-to-image: its first latent and its first frame are
-    what is to be found.
+    the target.
 
     Batches hold `latents` `B C t h w` or `video` `B 3 T H W`; `caption`, B strings; and of these either the
-    embeddings `text` `B L D` and `image_embedding` `B M D'`, or what the encoders make them of: the captions,
+    embeddings `text` `B L D` and `image_embedding` `B M D'`, or what the encoders make them from: the captions,
     and `image` `B 3 S S`, without which the video's first frame is taken.
 
     Args:
         transformer: Trained.
         text_encoder: Trained with it if `config.trains_encoders`, else only read; None where batches hold embeddings.
-        image_encoder: Likewise.
+        image_encoder: As the text encoder.
         config: Loss, noise levels, dropout, rates, validation sampling.
         autoencoder: Frozen; needed for batches of videos, and to show validation samples.
         validation: A batch to validate on.
@@ -102,9 +102,9 @@ class FlowMatchingTask(Task):
         return self.velocity_loss(FlowBatch(latents, condition, context), draws.noise, draws.sigma)
 
     def prepare(self, batch: Any, generator: torch.Generator) -> FlowBatch:
-        """What the model learns a batch from: latents and condition as in `loss`, and the whole context.
+        """Latents, condition and whole context of a batch, from which validation, distillation and reinforcement start.
 
-        The context has every caption and, for guidance, the empty prompt as the negative.
+        No caption is dropped, and for guidance the empty prompt is the context's negative.
         """
         latents, condition = self.conditioned_latents(batch, generator)
         context = self.context(batch, list(batch["caption"]), latents.shape[2], negative=True)
@@ -237,7 +237,7 @@ def check_widths(
     image_encoder: ImageEncoder | None,
     autoencoder: FSAE | None,
 ) -> None:
-    """UserError where a part, if there is one, gives what the transformer does not take."""
+    """UserError where a part's width is not the transformer's; parts may be missing."""
     config = transformer.config
     pairs = []
     if text_encoder is not None:

@@ -94,7 +94,7 @@ def from_wan(
 
 
 @dataclass(frozen=True)
-class Plan:
+class Conversion:
     """Which tensors of Wan make which of FSDiT.
 
     Attributes:
@@ -120,7 +120,7 @@ class Plan:
 
 def plan_conversion(
     source: Shapes, target: Shapes, own: Mapping[str, Any], layout: Layout, latents: Latents, label: str = "the source"
-) -> Plan:
+) -> Conversion:
     """Fit Wan's tensors to those of an FSDiT, by names and shapes alone.
 
     Args:
@@ -145,7 +145,7 @@ def plan_conversion(
         else:
             carried[name] = parts
     check_fit(expected, source, f"Wan2.1-I2V by {layout.name} names", label)
-    return Plan(carried, tuple(dropped), tuple(name for name in target if name not in carried))
+    return Conversion(carried, tuple(dropped), tuple(name for name in target if name not in carried))
 
 
 def target_options(own: Mapping[str, Any], latents: Latents) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _on_meta(options: Mapping[str, Any], label: str) -> FSDiT:
         raise CheckpointError(f"{label} has sizes that do not fit each other ({error}); copy it again") from None
 
 
-def _new_tensors(model: FSDiT, plan: Plan, seed: int) -> dict[str, Tensor]:
+def _new_tensors(model: FSDiT, plan: Conversion, seed: int) -> dict[str, Tensor]:
     """The tensors that Wan does not have, started as those of a model from scratch; the others stay on "meta"."""
     for module in {name.rpartition(".")[0] for name in plan.new}:
         model.get_submodule(module).to_empty(device="cpu", recurse=False)

@@ -1,4 +1,4 @@
-"""The frozen autoencoder of both trainings, and whether it suits what it is given with."""
+"""The frozen autoencoder of both trainings, with the checks that clips and upsampler fit it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fsupsampler.upsampler import LatentUpsampler
 
 
 def load_autoencoder(config: UpsamplerConfig | RefinerConfig) -> FSAE:
-    """The frozen autoencoder, after a look whether clips of this size and of half of it suit it."""
+    """The frozen autoencoder; UserError unless it takes clips of the config's size and of half of it."""
     autoencoder = FSAE.from_pretrained(config.autoencoder).requires_grad_(False)
     step = 2 * autoencoder.spatial_compression
     if config.height % step or config.width % step:
