@@ -104,7 +104,7 @@ def test_command_checks_before_it_works(
     assert "finite" in told(str(folder), "-o", new, "--memory-bias", "nan")
 
     def full_disk(_: FSDiT, folder: str, **_options: Any) -> None:
-        Path(folder).mkdir()
+        Path(folder, "config.json").touch()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(FSDiT, "save_pretrained", full_disk)
