@@ -99,7 +99,7 @@ def test_it_learns(tmp_path: Path, tiny_preset: None) -> None:
     def error(name: str, rate: float, steps: int) -> float:
         optimizer = OptimizerConfig(learning_rate=rate)
         settings = configuration(
-            tmp_path / name, tmp_path, model="tiny", max_steps=steps, optimizer=optimizer, batch_size=4
+            tmp_path / name, tmp_path, model="tiny", max_steps=steps, optimizer=optimizer, batch_size=4, seed=1
         )
         folder = train_autoencoder(settings, Colours())
         assert folder == tmp_path / name / "autoencoder"

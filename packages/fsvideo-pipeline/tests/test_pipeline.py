@@ -228,7 +228,7 @@ def test_a_long_prompt_is_cut_and_that_is_said(
         ({"image": np.zeros((4, 4, 3), np.float32)}, "an image of float32"),
         ({"image": Image.new("RGBA", (4, 4))}, "a PIL image of mode RGBA given"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_what_cannot_be_used_is_a_sentence_before_any_work(
     wrong: dict[str, Any], words: str, pipeline: FSVideoPipeline, photo: np.ndarray
