@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fsae.errors import UserError
 from fsdit import FSDiT
-from fsdit.conditioning import Context, first_frame_condition
+from fsdit.conditioning import Context, FlowBatch, first_frame_condition
 from fsdit.flow.path import FlowSchedule, interpolate
 from fsupsampler import LatentUpsampler
 from fsupsampler.refiner import (
@@ -233,7 +233,7 @@ def test_deviation_latents_ask_the_base_model_once_at_sigma() -> None:
     sigma = FlowSchedule().sample(2, torch.Generator().manual_seed(0)).double()
     known = first_frame_condition(clean[:, :, :1], 3)
     context = Context(latents(2, 4, 8), latents(2, 3, 8))
-    found = deviation_latents(base, clean, noise, sigma, known, context)
+    found = deviation_latents(base, FlowBatch(clean, known, context), noise, sigma)
     s = sigma.view(-1, 1, 1, 1, 1)
     mask = torch.zeros(2, 4, 3, 2, 2, dtype=torch.float64)
     mask[:, :, 0] = 1

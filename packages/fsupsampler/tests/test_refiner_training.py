@@ -19,7 +19,7 @@ from fsae.errors import UserError
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
 from fsdit import FSDiT
-from fsdit.conditioning import ImageEncoder, TextEncoder, first_frame_condition, nano_tokenizer
+from fsdit.conditioning import FlowBatch, ImageEncoder, TextEncoder, first_frame_condition, nano_tokenizer
 from fsdit.conditioning.nano import nano_image_encoder, nano_text_encoder
 from fsdit.flow.path import FlowSchedule
 from fsdit.training.data import CachedClips
@@ -252,7 +252,7 @@ def test_with_a_base_model_drafts_are_made_of_its_estimates(tmp_path: Path) -> N
     sigma = FlowSchedule(2.0).sample(4, draws)
     known = first_frame_condition(data["low"][:, :, :1], 3)
     context = task.context(data, data["caption"], 3)
-    estimate = deviation_latents(base, data["low"], noise, sigma, known, context)
+    estimate = deviation_latents(base, FlowBatch(data["low"], known, context), noise, sigma)
     assert torch.allclose(oracle.shown()[1][:, :, 1:], upsampler()(estimate)[:, :, 1:], atol=1e-5)
     oracle.eval()
     task.loss(data, generator(9))

@@ -171,8 +171,7 @@ def encoded_clips(
     samples: int,
     batch_size: int,
     autoencoder: FSAE,
-    text_encoder: TextEncoder,
-    image_encoder: ImageEncoder,
+    encoders: tuple[TextEncoder, ImageEncoder],
 ) -> Iterator[tuple[Tensor, Context]]:
     """Batches for `map_routers` of videos or images, encoded as in training, on the encoders' device.
 
@@ -181,10 +180,10 @@ def encoded_clips(
         samples: how many clips at most, spread over it.
         batch_size: clips in a batch.
         autoencoder: gives the latents.
-        text_encoder: of the captions.
-        image_encoder: of the first frames.
+        encoders: of the captions and of the first frames.
     """
     device = next(autoencoder.parameters()).device
+    text_encoder, image_encoder = encoders
     loader = DataLoader(Subset(clips, _spread(len(clips), samples)), batch_size=batch_size)
     for batch in tqdm(loader, desc="watching routers", unit="batch"):
         video = batch["video"].to(device)

@@ -19,7 +19,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from fsae.errors import UserError
-from fsdit.conditioning.inputs import Condition, Context, model_input
+from fsdit.conditioning.inputs import Condition, FlowBatch, model_input
 from fsdit.flow.path import TIMESTEPS, interpolate
 
 MaskRule = Callable[[Tensor], Tensor]
@@ -180,19 +180,16 @@ def deviation_estimate(noise: Tensor, predicted: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def deviation_latents(
-    base: nn.Module, clean: Tensor, noise: Tensor, sigma: Tensor, condition: Condition, context: Context
-) -> Tensor:
+def deviation_latents(base: nn.Module, clean: FlowBatch, noise: Tensor, sigma: Tensor) -> Tensor:
     """What the refiner's draft is made of in training: the base model's `deviation_estimate` at `sigma`.
 
     Args:
         base: the base FSDiT, in eval mode; one forward pass with its conditional branch alone.
-        clean: z_0, `B C t h w` at the low resolution.
-        noise: ε, of that shape.
+        clean: z_0, `B C t h w` at the low resolution, with the base model's own condition
+            (`fsdit.conditioning.first_frame_condition`) and context.
+        noise: ε, of the shape of z_0.
         sigma: noise levels, `B`.
-        condition: the base model's own (`fsdit.conditioning.first_frame_condition`).
-        context: text and image embeddings.
     """
-    inputs = model_input(interpolate(clean, noise, sigma), condition)
-    predicted = base(inputs, TIMESTEPS * sigma, context.text, context.image)
+    inputs = model_input(interpolate(clean.latents, noise, sigma), clean.condition)
+    predicted = base(inputs, TIMESTEPS * sigma, clean.context.text, clean.context.image)
     return deviation_estimate(noise, predicted.to(noise))

@@ -116,5 +116,5 @@ def _clips(config: RouterMapConfig, model: Any) -> Iterator[Any]:
     autoencoder.latent_shape(config.frames, config.height, config.width)
     text_encoder, image_encoder = load_encoders(config.encoders, model.config.text_len)
     check_widths(model, text_encoder, image_encoder, autoencoder)
-    text_encoder, image_encoder = text_encoder.to(model.device).eval(), image_encoder.to(model.device).eval()
-    return encoded_clips(clips, config.samples, config.batch_size, autoencoder, text_encoder, image_encoder)
+    encoders = text_encoder.to(model.device).eval(), image_encoder.to(model.device).eval()
+    return encoded_clips(clips, config.samples, config.batch_size, autoencoder, encoders)

@@ -73,7 +73,7 @@ def write_captions(config: CaptionConfig, captioner: Captioner | None = None) ->
         UserError: a source that cannot be used, a list that cannot be written, or no file that can be read.
     """
     target = check_writable(config.output)
-    unfinished = target.with_name(target.name + ".partial")
+    unfinished = _unfinished(target)
     entries = read_source(config.data)
     for entry in entries:
         if entry.media.member:
@@ -86,9 +86,9 @@ def write_captions(config: CaptionConfig, captioner: Captioner | None = None) ->
     if todo and captioner is None:
         load = partial(QwenCaptioner.load, config)
         with loaded(load, choose_device(config.device)) as model:
-            known |= _ask(todo, model, config.frames, unfinished, target, skipped)
+            known |= _ask(todo, model, config.frames, target, skipped)
     elif captioner is not None:
-        known |= _ask(todo, captioner, config.frames, unfinished, target, skipped)
+        known |= _ask(todo, captioner, config.frames, target, skipped)
     rows = {key: known[key] for entry in entries if (key := _key(entry, target)) in known}
     if not rows:
         unfinished.unlink(missing_ok=True)
@@ -104,12 +104,12 @@ def _ask(
     entries: list[Entry],
     captioner: Captioner | QwenCaptioner,
     count: int,
-    unfinished: Path,
     target: Path,
     skipped: dict[str, str],
 ) -> dict[Key, str]:
-    """The answers, each written to `unfinished` as it comes; what cannot be read goes to `skipped`."""
+    """The answers, each written to OUTPUT.partial as it comes; what cannot be read goes to `skipped`."""
     answers: dict[Key, str] = {}
+    unfinished = _unfinished(target)
     _end_last_line(unfinished)
     with unfinished.open("a", encoding="utf-8") as file:
         for entry in tqdm(entries, desc="captioning", unit="file"):
@@ -152,6 +152,11 @@ def sample_frames(media: Media, count: int) -> list[Picture]:
 
 
 # --- the list
+
+
+def _unfinished(target: Path) -> Path:
+    """Where answers are kept until all are there."""
+    return target.with_name(target.name + ".partial")
 
 
 def _key(entry: Entry, target: Path) -> Key:

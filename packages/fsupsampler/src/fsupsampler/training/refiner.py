@@ -15,7 +15,7 @@ from fsae.training.loop import train
 from fsae.training.runs import is_main_process, read_samples, report_end, save_parts
 from fsdit.conditioning.encoders import ImageEncoder, TextEncoder
 from fsdit.conditioning.folders import load_encoders
-from fsdit.conditioning.inputs import Condition, first_frame_condition, nothing_known
+from fsdit.conditioning.inputs import Condition, FlowBatch, first_frame_condition, nothing_known
 from fsdit.model import FSDiT
 from fsdit.training.data import report_missing_captions
 from fsdit.training.task import FlowMatchingTask
@@ -102,7 +102,7 @@ class RefinerTask(FlowMatchingTask):
         sigma = self.config.base_flow.sample(len(low), generator).to(low)
         known = first_frame_condition(low[:, :, :1], low.shape[2], base.config.mask_channels)
         context = self.context(batch, list(batch["caption"]), low.shape[2])
-        return deviation_latents(base, low, noise, sigma, known, context)
+        return deviation_latents(base, FlowBatch(low, known, context), noise, sigma)
 
 
 def train_refiner(config: RefinerConfig, dataset: Any = None, validation: Any = None) -> list[Path]:
