@@ -1,4 +1,4 @@
-"""The one definition of the flow that training, sampling and distillation share: path, levels, loss (paper §2.3.2).
+"""The one definition of the flow, for training and sampling alike: path, noise levels, loss (paper §2.3.2).
 
     z_s = (1 - s)·z0 + s·eps,    v = eps - z0,    z0 = z_s - s·v,    0 <= s <= 1, and s = 1 is pure noise
 

@@ -102,9 +102,9 @@ class FlowMatchingTask(Task):
         return self.velocity_loss(FlowBatch(latents, condition, context), draws.noise, draws.sigma)
 
     def prepare(self, batch: Any, generator: torch.Generator) -> FlowBatch:
-        """Latents, condition and whole context of a batch, from which validation, distillation and reinforcement start.
+        """A batch with its condition and its whole context: no caption dropped, and the empty prompt as the negative.
 
-        No caption is dropped, and for guidance the empty prompt is the context's negative.
+        For all that does not train on dropped captions; validation takes its loss and its samples from one such batch.
         """
         latents, condition = self.conditioned_latents(batch, generator)
         context = self.context(batch, list(batch["caption"]), latents.shape[2], negative=True)
