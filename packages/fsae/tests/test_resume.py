@@ -5,6 +5,7 @@ Run as a script, this file is the run to be killed.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fsae.errors import UserError
 from fsae.model import FSAE
 from fsae.stages.config import AutoencoderConfig
 from fsae.stages.task import AutoencoderTask
@@ -147,3 +149,24 @@ if __name__ == "__main__":
     if sys.argv[2] == "in a checkpoint":
         checkpointing.publish = kill_while_publishing
     run(Path(sys.argv[1]), kill_at=2 * KILLED_AT if sys.argv[2] == "in a step" else None)
+
+
+def test_a_run_of_before_an_option_existed_goes_on_without_it_and_not_with_it(tmp_path: Path) -> None:
+    """Its checkpoint does not name the options of the model that were added since."""
+    sizes = {"widths": (8,) * 7, "latent_channels": 8, "attention_head_dim": 8, "injection_head_dim": 8}
+
+    def steps(count: int, **options: Any) -> None:
+        model = FSAE.from_preset("nano", **sizes, injection_sampling=False, **options)
+        loop = LoopConfig(str(tmp_path), max_steps=count, tensorboard=False, save_every=1)
+        train(AutoencoderTask(AutoencoderConfig("none", loop), model), Noise(), loop)
+
+    steps(1, shortcut="dc-ae")
+    state = checkpoints(tmp_path)[-1] / "state.json"
+    values = read_json(state)
+    for name in ("injection_sampling", "shortcut"):
+        del values["settings"]["task"]["model"][name]
+    state.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="task.model.shortcut was dc-ae, is now even"):
+        steps(2, shortcut="even")
+    steps(2, shortcut="dc-ae")
+    assert checkpoints(tmp_path)[-1].name.endswith("2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class AutoencoderTask(Task):
         objective: The loss; what `config` asks for if None.
         validation: Clips `N 3 T H W` to validate on.
     """
+
+    added_settings = MappingProxyType({"model.injection_sampling": False, "model.shortcut": "dc-ae"})
 
     def __init__(
         self,

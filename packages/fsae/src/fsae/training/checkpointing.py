@@ -19,6 +19,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -200,13 +201,22 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read ({error}); {GO_ON_FROM_OLDER}") from error
 
 
-def check_settings(folder: Path, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def check_settings(
+    folder: Path, stored: Mapping[str, Any], current: Mapping[str, Any], added: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Refuse to go on under settings that would give other weights than the interrupted run's.
+
+    Args:
+        folder: the checkpoint's.
+        stored: its settings.
+        current: the run's.
+        added: of settings that earlier versions did not store, what they did, by dotted name.
 
     Raises:
         UserError: naming every setting that differs.
     """
     old, new = _flat(stored), _flat(json.loads(json.dumps(current)))
+    old = {name: value for name, value in added.items() if name in new} | old
     changed = sorted(k for k in old.keys() | new.keys() if old.get(k, _ABSENT) != new.get(k, _ABSENT))
     if changed:
         listed = "; ".join(_change(k, old.get(k, _ABSENT), new.get(k, _ABSENT)) for k in changed[:5])

@@ -438,7 +438,8 @@ class _Run:
         before = stored.get("loop", {}).get("max_steps", wanted)
         if before != wanted:
             stored = {**stored, "loop": {**stored["loop"], "max_steps": wanted}}
-        checkpointing.check_settings(folder, stored, self.settings)
+        added = {f"task.{name}": value for name, value in self.task.added_settings.items()}
+        checkpointing.check_settings(folder, stored, self.settings, added)
         if before != wanted and self.main:
             line = f"max_steps was {before}, is now {wanted}: from step {step} on, the cosine ends at step {wanted}"
             tqdm.write(line, file=sys.stderr)

@@ -31,6 +31,8 @@ class Task:
             on the device in eval mode; they are not saved.
         settings: JSON values that decide the weights beside the loop's own (a model's config, loss weights).
             They are stored in each checkpoint, and a run with other values is not resumed.
+        added_settings: Of settings that earlier versions did not store, what they did, by dotted name: a checkpoint
+            without them is resumed under these values alone.
         ranks_per_sample: How many processes work on each sample together (context parallelism). They see the same
             batches and draw the same noise, and count as one in the order of the data.
         step: Updates done when the losses of the next one are computed; set by the loop.
@@ -41,6 +43,7 @@ class Task:
     opponent_optimizer: OptimizerConfig = OptimizerConfig()
     frozen: Mapping[str, nn.Module] = MappingProxyType({})
     settings: Mapping[str, Any] = MappingProxyType({})
+    added_settings: Mapping[str, Any] = MappingProxyType({})
     ranks_per_sample: int = 1
     step: int = 0
 

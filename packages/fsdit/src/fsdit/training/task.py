@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,8 @@ class FlowMatchingTask(Task):
         validation: A batch to validate on.
         empty_text: `L D`, the embedding of the empty prompt; needed where batches hold embeddings.
     """
+
+    added_settings = MappingProxyType({"stills_see_image": False})
 
     def __init__(
         self,
