@@ -135,7 +135,7 @@ def test_layer_memory_is_tried_against_its_control(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     claims = tool("claims", "transformer")
-    plans = [{"kind": "still", "direction": 1, "sprite": None}] * 20
+    plans = [{"motion": {"kind": "still"}, "sprite": None}] * 20
     generator = torch.Generator().manual_seed(0)
     low = torch.randn(20, 128, 2, 1, 1, generator=generator).half()
     save_file({"low": low, "image": torch.rand(20, 3, 64, 64, generator=generator).half()}, tmp_path / "c.safetensors")

@@ -205,6 +205,7 @@ class ClipTask(Task):
             "reconstruction": frame_grid([video, result]),
         }
 
+
 @contextmanager
 def recorded_velocity(model: FSAE) -> Iterator[list[Tensor]]:
     """The velocities `B 2 t h w` in pixels that the decoder reads while the context lasts."""

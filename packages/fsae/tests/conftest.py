@@ -6,6 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fsae.devices import avoid_faulty_kernels
+
+# Before the first test computes: some train in bfloat16, in a process that has computed before.
+avoid_faulty_kernels()
+
 
 @pytest.fixture(scope="session")
 def lpips_state() -> dict[str, Tensor]:

@@ -67,6 +67,13 @@ def test_frames_of_a_latent_move_evenly_and_the_first_frame_stays() -> None:
     assert line.tolist() == [0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]
 
 
+def test_a_picture_leaves_no_parameter_without_a_gradient() -> None:
+    """Processes that train together would wait for it."""
+    motion = field()
+    motion(torch.randn(1, 3, 1, 2, 2).double(), torch.randn(1, 4, 1, 1, 1).double()).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in motion.parameters())
+
+
 def test_a_stream_goes_on_where_it_was() -> None:
     motion = field()
     torch.nn.init.normal_(motion.say.weight)

@@ -94,7 +94,8 @@ class MotionField(nn.Module):
         steps = list(velocity.split(1, dim=2))
         made = []
         if before is None:
-            before = torch.zeros_like(steps.pop(0)[:, :, 0])
+            # Zero, and yet made of it: processes that train on pictures together wait for every gradient.
+            before = 0 * steps.pop(0)[:, :, 0]
             made.append(before.repeat(1, self.frames, 1, 1))
         shares = torch.arange(1, self.frames + 1, device=velocity.device) / self.frames
         for step in steps:
