@@ -30,6 +30,7 @@ from velocity import CODE_CHANNELS, between, centres, motion_code, velocity
 
 from fsae import FSAE
 from fsae.layers.motion import VELOCITY_UNIT, MotionField
+from fsae.storage.files import read_json
 from fsae.weights.inflation import inflate
 from fsvideo_pipeline import FSVideoPipeline
 
@@ -182,6 +183,7 @@ def test_the_whole_recipe_runs_from_nothing(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert {"motions", "languages"} <= read_json(tmp_path / "pipeline" / "abilities.json").keys()
     pipeline = FSVideoPipeline.from_pretrained(tmp_path / "pipeline")
     picture = np.full((128, 128, 3), 99, np.uint8)
     made = pipeline(picture, "pan left", size=(128, 128), frames=5, steps=2, generator=0)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from captions import caption
+from captions import caption, knows
 from clips import NanoClips, Plan
 from motion import motion_from_dict
 from tasks import CameraClips, ClipTask, Lessons, SeeingTask, Weights, loosen, one_item, read_code
@@ -43,6 +43,7 @@ from fsae.data.order import DataOrder
 from fsae.losses.perceptual import PerceptualLoss
 from fsae.stages.task import measure_latent_statistics
 from fsae.storage.checkpoint import load_state, save_state
+from fsae.storage.files import write_json
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
 from fsae.weights.inflation import inflate
@@ -401,7 +402,7 @@ def refiner(run: Run) -> None:
 
 
 def export(run: Run) -> None:
-    """Write the pipeline in half precision; the decoder's last stage is taken if it was run."""
+    """Write the pipeline in half precision, and what it knows; the decoder's last stage is taken if it was run."""
     from fsvideo_pipeline.pipeline import FSVideoPipeline
     from fsvideo_pipeline.settings import Settings
 
@@ -428,6 +429,7 @@ def export(run: Run) -> None:
         ),
     )
     pipeline.save_pretrained(run.export)
+    write_json(run.export / "abilities.json", knows())
     size = sum(file.stat().st_size for file in run.export.rglob("*") if file.is_file())
     print(f"wrote {run.export}, {size / 1e6:.1f} MB")
 
