@@ -181,8 +181,8 @@ class NanoClips(torch.utils.data.Dataset[dict[str, Any]]):
             travel=travel,
         )
 
-    def render(self, plan: Plan) -> torch.Tensor:
-        """3 T H W in [-1, 1]: the clip that a plan describes."""
+    def render(self, plan: Plan, every: int = 1) -> torch.Tensor:
+        """3 T H W in [-1, 1]: the clip that a plan describes; of `every` frames one."""
         height, width = self.size
         path = camera_path(plan.motion, self.frames, self.size)
         seen = extent(path, self.size)
@@ -190,19 +190,21 @@ class NanoClips(torch.utils.data.Dataset[dict[str, Any]]):
         y = torch.arange(height, device=self.device, dtype=torch.float32)[:, None] + 0.5 - height / 2
         x = torch.arange(width, device=self.device, dtype=torch.float32) + 0.5 - width / 2
         # Centred frame pixels -> the picture's pixels -> grid_sample's [-1, 1] between outer pixel edges.
+        frames = range(0, self.frames, every)
         per_pixel = torch.tensor([2 * scale[0] / picture.shape[2], 2 * scale[1] / picture.shape[1]])
         to_grid = (path - torch.tensor([[0.0, 0.0, seen[0]], [0.0, 0.0, seen[2]]])) * per_pixel[:, None]
         to_grid[:, :, 2] -= 1
-        video = torch.empty(3, self.frames, height, width, device=self.device)
+        video = torch.empty(3, len(frames), height, width, device=self.device)
         grid = torch.empty(1, height, width, 2, device=self.device)
         # Frame by frame, so that the grid stays in the processor's cache.
-        for frame, (horizontal, vertical) in enumerate(to_grid.tolist()):
+        for place, frame in enumerate(frames):
+            horizontal, vertical = to_grid[frame].tolist()
             for axis, (along_x, along_y, offset) in enumerate((horizontal, vertical)):
                 torch.add(along_x * x, along_y * y + offset, out=grid[0, :, :, axis])
-            video[:, frame] = F.grid_sample(picture[None], grid, padding_mode="border", align_corners=False)[0]
+            video[:, place] = F.grid_sample(picture[None], grid, padding_mode="border", align_corners=False)[0]
             if plan.sprite is not None:
                 share = frame / max(1, self.frames - 1)
-                video[:, frame] = self._with_sprite(video[:, frame], plan.sprite, share, path[frame], (x, y))
+                video[:, place] = self._with_sprite(video[:, place], plan.sprite, share, path[frame], (x, y))
         return video.clamp_(-1, 1)
 
     def _picture(self, plan: Plan, seen: tuple[float, float, float, float]) -> tuple[torch.Tensor, tuple[float, float]]:

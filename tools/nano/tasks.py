@@ -46,10 +46,11 @@ class CameraClips(torch.utils.data.Dataset[Batch]):
     Args:
         worlds: of any sizes.
         counts: clips of a batch of each world.
+        every: of how many frames one is made; the path is that of all.
     """
 
-    def __init__(self, worlds: Sequence[NanoClips], counts: Sequence[int]) -> None:
-        self.worlds, self.counts = worlds, counts
+    def __init__(self, worlds: Sequence[NanoClips], counts: Sequence[int], every: int = 1) -> None:
+        self.worlds, self.counts, self.every = worlds, counts, every
 
     def __len__(self) -> int:
         return len(self.worlds) * (min(map(len, self.worlds)) // max(self.counts))
@@ -60,7 +61,7 @@ class CameraClips(torch.utils.data.Dataset[Batch]):
         plans = [world.plan(i) for i in range(first, first + count)]
         paths = [camera_path(plan.motion, world.frames, world.size) for plan in plans]
         return {
-            "video": torch.stack([world.render(plan) for plan in plans]),
+            "video": torch.stack([world.render(plan, self.every) for plan in plans]),
             "path": torch.stack(paths).to(world.device),
         }
 
@@ -71,17 +72,6 @@ class CameraClips(torch.utils.data.Dataset[Batch]):
     def order(self, *cut: int) -> InTurn:
         """One item after the other, whatever the run's (seed, batch size, accumulation, processes, rank)."""
         return InTurn()
-
-
-class Lessons(CameraClips):
-    """Easy batches at first: the items of `easy` up to number `count`, then those of `all_kinds`."""
-
-    def __init__(self, easy: CameraClips, all_kinds: CameraClips, count: int) -> None:
-        super().__init__(all_kinds.worlds, all_kinds.counts)
-        self.easy, self.count = easy, count
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.easy[index] if index < self.count else super().__getitem__(index)
 
 
 def one_item(items: list[Batch]) -> Batch:
@@ -227,19 +217,18 @@ def recorded_velocity(model: FSAE) -> Iterator[list[Tensor]]:
 
 def latents_of_frames(model: FSAE, video: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Every fourth frame as a picture: latents `B c t h w`, not normalised, and frame 0's features at every stage."""
-    batch, t = len(video), 1 + (video.shape[2] - 1) // 4
-    images = video[:, :, ::4].transpose(1, 2).flatten(0, 1).unsqueeze(2)
-    features, latents = model.encoder.features(images)
-    latents = latents[:, :, 0].unflatten(0, (batch, t)).transpose(1, 2)
-    return latents, [feature[:, :, 0].unflatten(0, (batch, t))[:, 0] for feature in features]
+    frames = video[:, :, ::4]
+    features, latents = model.encoder.features(as_pictures(frames))
+    t = frames.shape[2]
+    return as_clips(latents, t), [as_clips(feature, t)[:, :, 0] for feature in features]
 
 
 class SeeingTask(Task):
     """The encoder alone learns to see motion: its latents' motion channels are to say what the camera did.
 
-    Small heads read a velocity off its stages too, which is what gets the finest of them going; they are thrown away.
-    In the convolutional stages the sum of each kernel's temporal taps is held, so that what they make of a picture
-    stays as it is; elsewhere it is pulled towards what it was.
+    Its inner stages are trained, on every fourth frame: until then the outer ones see a clip's frames as pictures, and
+    stay as they are. Small heads read a velocity off the inner stages too, and are thrown away; the other channels are
+    pulled towards what they were.
 
     Args:
         model: an FSAE trained on pictures.
@@ -248,59 +237,75 @@ class SeeingTask(Task):
         keep: weight of what is pulled towards `before`.
     """
 
-    HEADS = (1, 2, 3, 4, 5, 6)
-
     def __init__(self, model: FSAE, before: FSAE, validation: Batch, keep: float = 0.6) -> None:
         self.model, self.before, self.validation, self.keep = model, before, validation, keep
         model.decoder.requires_grad_(False)
-        widths = model.config.widths
-        self.heads = nn.ModuleDict({str(s): _head(widths[s]) for s in self.HEADS})
+        outer = model.encoder.outer_stages.count
+        for module in (model.encoder.conv_in, *model.encoder.stages[:outer]):
+            module.requires_grad_(False)
+        self.heads = nn.ModuleList(_head(width) for width in model.config.widths[outer:])
         self.modules = {"encoder": model.encoder, "heads": self.heads}
         self.frozen = {"before": before, "decoder": model.decoder}
-        stages = [model.encoder.conv_in, *list(model.encoder.stages)[:3]]
-        outer = [m for stage in stages for m in stage.modules() if isinstance(m, VideoConv3d) and m.kernel_size[0] == 3]
-        self.held = [(conv, conv.weight.detach().sum(2)) for conv in outer]
         self.settings = {"keep": keep}
 
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Squared errors of the motion channels and of the heads, and how far the rest has gone."""
-        with torch.no_grad():
-            for conv, total in self.held:
-                conv.weight.add_(((total.to(conv.weight) - conv.weight.sum(2)) / conv.kernel_size[0]).unsqueeze(2))
-            was, was_first = latents_of_frames(self.before, batch["video"])
+        """Errors of the motion channels and of the heads, and how far the rest has gone."""
         video, path = batch["video"], batch["path"]
-        features, latents = self.model.encoder.features(video)
-        code = motion_code(path, video.shape[3:])
-        terms = {"code": (latents[:, :CODE_CHANNELS].float() - code).square().mean()}
-        terms["others"] = (latents[:, CODE_CHANNELS:].float() - was[:, CODE_CHANNELS:].float()).abs().mean()
-        drift = [
-            (feature[:, :, 0].float() - kept.float()).abs().mean() / kept.float().abs().mean()
-            for feature, kept in zip(features[3:], was_first[3:], strict=True)
-        ]
+        size, t = video.shape[3:], video.shape[2]
+        with torch.no_grad():
+            seen = self.model.encoder.outer(as_pictures(video))[1]
+            was_features, was = self.before.encoder.inner(seen)
+        features, latents = self.model.encoder.inner(as_clips(seen, t))
+        code = motion_code(path, size)
+        terms = {"code": _robust(latents[:, :CODE_CHANNELS].float() - code)}
+        terms["others"] = (latents - as_clips(was, t))[:, CODE_CHANNELS:].float().abs().mean()
+        drift = []
+        for feature, kept in zip(features, was_features, strict=True):
+            first = as_clips(kept, t)[:, :, 0].float()
+            drift.append((feature[:, :, 0].float() - first).abs().mean() / first.abs().mean())
         terms["first"] = torch.stack(drift).mean()
-        errors = []
-        for name, head in self.heads.items():
-            found = head(features[int(name)]).float()
-            step = (video.shape[2] - 1) // (found.shape[2] - 1)
-            errors.append((found - velocity(path, video.shape[3:], found.shape[3:], step) / VELOCITY_UNIT)[:, :, 1:])
-        terms["heads"] = torch.stack([error.square().mean() for error in errors]).mean()
-        total = terms["code"] + self.keep * terms["others"] + 0.3 * terms["first"] + terms["heads"]
-        pixels = (latents[:, :CODE_CHANNELS, 1:].float() - code[:, :, 1:]).detach().abs().mean() * VELOCITY_UNIT
-        return {
-            "loss": total,
-            **terms,
-            "pixels": pixels,
-            "finest_pixels": errors[0].detach().abs().mean() * VELOCITY_UNIT,
-        }
+        errors = [
+            (head(feature).float() - velocity(path, size, feature.shape[3:]) / VELOCITY_UNIT)[:, :, 1:]
+            for head, feature in zip(self.heads, features, strict=True)
+        ]
+        terms["heads"] = torch.stack([_robust(error) for error in errors]).mean()
+        total = terms["code"] + self.keep * terms["others"] + 0.3 * terms["first"] + 0.5 * terms["heads"]
+        wrong = (latents[:, :CODE_CHANNELS, 1:].float() - code[:, :, 1:]).detach()
+        finest = errors[0].detach().norm(dim=1).mean() * VELOCITY_UNIT
+        return {"loss": total, **terms, "pixels": _length(wrong), "finest_pixels": finest}
 
     def validate(self, step: int) -> dict[str, Tensor]:
         """Mean length of the motion channels' error in pixels a latent, and of the motion itself."""
         video, path = self.validation["video"], self.validation["path"]
         code = motion_code(path, video.shape[3:])
-        latents = torch.cat([self.model.encoder(clip[None]).float() for clip in video])
-        error = (latents[:, :CODE_CHANNELS] - code).unflatten(1, (-1, 2))[:, :, :, 1:].norm(dim=2) * VELOCITY_UNIT
-        size = code.unflatten(1, (-1, 2))[:, :, :, 1:].norm(dim=2) * VELOCITY_UNIT
-        return {"velocity_error": error.mean(), "velocity_last": error[:, :, -1].mean(), "velocity": size.mean()}
+        seen = self.model.encoder.outer(as_pictures(video))[1]
+        latents = self.model.encoder.inner(as_clips(seen, video.shape[2]))[1].float()
+        error = (latents[:, :CODE_CHANNELS] - code)[:, :, 1:]
+        return {
+            "velocity_error": _length(error),
+            "velocity_last": _length(error[:, :, -1:]),
+            "velocity": _length(code[:, :, 1:]),
+        }
+
+
+def as_pictures(video: Tensor) -> Tensor:
+    """Clips `B C t H W` as pictures `B·t C 1 H W`."""
+    return video.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+
+
+def as_clips(pictures: Tensor, frames: int) -> Tensor:
+    """The inverse of `as_pictures`."""
+    return pictures[:, :, 0].unflatten(0, (-1, frames)).transpose(1, 2)
+
+
+def _robust(error: Tensor) -> Tensor:
+    """Squared near zero, within two pixels, and linear beyond."""
+    return nn.functional.smooth_l1_loss(error, torch.zeros_like(error), beta=2 / VELOCITY_UNIT)
+
+
+def _length(code: Tensor) -> Tensor:
+    """Mean length in pixels of the vectors in motion channels `B 8 t h w`."""
+    return code.unflatten(1, (-1, 2)).norm(dim=2).mean() * VELOCITY_UNIT
 
 
 def _head(channels: int) -> nn.Sequential:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from captions import caption, knows
 from clips import NanoClips, Plan
 from motion import motion_from_dict
-from tasks import CameraClips, ClipTask, Lessons, SeeingTask, Weights, loosen, one_item, read_code
+from tasks import CameraClips, ClipTask, SeeingTask, Weights, loosen, one_item, read_code
 
 from fsae import FSAE
 from fsae.data.order import DataOrder
@@ -103,16 +103,16 @@ class Run:
             return NanoClips(split, frames, size, seed=seed, texture_probability=1.0, photographs=[])
         return NanoClips(split, frames, size, seed=seed, device=self.device, **shares)  # type: ignore[arg-type]
 
-    def worlds(self, seed: int, kinds: Sequence[tuple[int, int, int, int]]) -> CameraClips:
+    def worlds(self, seed: int, kinds: Sequence[tuple[int, int, int, int]], every: int = 1) -> CameraClips:
         """Batches of several lengths and sizes in turn: of each kind its frames, height, width and clips a batch."""
         kinds = kinds[:2] if self.smoke else kinds
         made = [self.clips("train", frames, (h, w), seed + i) for i, (frames, h, w, _) in enumerate(kinds)]
-        return CameraClips(made, [count for *_, count in kinds])
+        return CameraClips(made, [count for *_, count in kinds], every)
 
-    def held_out(self, frames: int, side: int, count: int) -> dict[str, Tensor]:
+    def held_out(self, frames: int, side: int, count: int, every: int = 1) -> dict[str, Tensor]:
         """Clips of held-out photographs, and the camera's path in them."""
         shares = {"texture_probability": 0.0, "sprite_probability": 0.0}
-        return CameraClips([self.clips("held-out", frames, (side, side), 1, **shares)], [count])[0]
+        return CameraClips([self.clips("held-out", frames, (side, side), 1, **shares)], [count], every)[0]
 
     def part(self, stage: str, part: str) -> Path:
         """The folder of a trained part."""
@@ -157,8 +157,11 @@ class Singles(torch.utils.data.Dataset[dict[str, Tensor]]):
 IMAGES = [(1, LOW, LOW, 4), (1, 64, 128, 8), (1, LOW, LOW, 4), (1, 192, LOW, 2), (1, HIGH, HIGH, 1)]
 """What the autoencoder sees at first; each kind in turn."""
 
-SMALL = [(17, 64, 64, 3), (9, 64, 128, 3), (17, 64, 128, 2), (33, 64, 64, 2), (17, LOW, LOW, 1), (33, 64, 128, 1)]
-"""Where the encoder learns to see motion: small clips, but long ones. In short ones a velocity is a place as well."""
+LONG = [
+    (33, LOW, LOW, 2), (17, LOW, 192, 2), (17, LOW, LOW, 3), (33, 192, LOW, 1), (17, LOW, LOW, 3), (33, HIGH, HIGH, 1),
+    (17, LOW, LOW, 3), (17, 192, 320, 1),
+]  # fmt: skip
+"""Where the encoder learns to see motion: long clips. In short ones a velocity is a place as well."""
 
 CLIPS = [
     (17, LOW, LOW, 1), (9, 64, 128, 2), (33, 64, 64, 2), (17, 64, 128, 2), (9, 192, 128, 1), (33, 64, 128, 1),
@@ -186,13 +189,14 @@ def images(run: Run) -> None:
 
 
 def seeing(run: Run) -> None:
-    """The encoder learns to see motion: small crops at first, then what it will meet."""
+    """The encoder learns to see motion."""
     before = run.autoencoder("images")
     model = copy.deepcopy(before)
-    loosen(model.encoder)
+    outer = model.encoder.outer_stages.count
+    loosen(nn.ModuleList([*model.encoder.stages[outer:], model.encoder.conv_out]))
     loop = autoencoder_loop("seeing", run, OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.98)))
-    task = SeeingTask(model, before.requires_grad_(False), run.held_out(17, LOW, 16))
-    trained = train(task, Lessons(run.worlds(50, SMALL), run.worlds(60, CLIPS), 3000), loop, one_item).export("encoder")
+    task = SeeingTask(model, before.requires_grad_(False), run.held_out(17, LOW, 16, every=4))
+    trained = train(task, run.worlds(50, LONG, every=4), loop, one_item).export("encoder")
     save_state(trained.state_dict(), run.part("seeing", "encoder.safetensors"))
 
 

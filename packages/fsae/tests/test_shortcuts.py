@@ -107,6 +107,15 @@ def test_a_stream_of_even_steps_is_the_whole(time: TimeKind, folded: bool) -> No
     torch.testing.assert_close(torch.cat(parts, dim=2), down(whole), rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
+def test_even_steps_down_keep_the_later_frame_of_a_pair() -> None:
+    down = Downsample(4, 4, halve_time=True, shortcut="even").double()
+    x = torch.randn(1, 4, 5, 4, 4, dtype=torch.double)
+    want = x[:, :, [0, 2, 4]].unflatten(4, (2, 2)).unflatten(3, (2, 2)).mean((4, 6))
+    torch.testing.assert_close(down.shortcut(x), want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(down.shortcut(x[:, :, 1:], begun=True), want[:, :, 1:], rtol=0, atol=1e-12)
+
+
 def test_what_does_not_fit_is_said() -> None:
     with pytest.raises(ValueError, match="'odd'; accepted are dc-ae, even"):
         Shortcut("odd", 4, 4)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fsae.layers.blocks import EViTBlock, ResBlock, Stage
 from fsae.layers.config import StackConfig
 from fsae.layers.conv import VideoConv3d
+from fsae.layers.matching import Matching
 from fsae.layers.resample import Downsample
 from fsae.streaming import FrameCache
 from fsae.tiling import OuterStages
@@ -25,6 +26,8 @@ class EncoderStage(Stage):
         super().__init__()
         channels, *coarser = stack.widths[stage:]
         block = ResBlock if stage < stack.residual_stages else EViTBlock
+        compares = 0 <= stage - stack.residual_stages < stack.matching_stages
+        self.match = Matching(channels, eps=stack.style.eps) if compares else None
         self.blocks = nn.ModuleList(block(channels, stack.style) for _ in range(stack.depths[stage]))
         halve_time = stage < stack.temporal_stages
         self.down = (
@@ -33,6 +36,8 @@ class EncoderStage(Stage):
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> tuple[Tensor, Tensor]:
         """`B C T H W` -> (the stage's features `B C T H W`, what the next stage gets)."""
+        if self.match is not None:
+            x = self.run(self.match, x, cache=cache)
         for block in self.blocks:
             x = self.run(block, x, cache=cache)
         return x, x if self.down is None else self.run(self.down, x, cache=cache)

@@ -32,8 +32,10 @@ NANO: dict[str, Any] = {
     "decoder_kind": "standard",
     "first_frame_injection": True,
     "injection_head_dim": 32,
-    # A small model cannot find by attention what moved where, nor invent the motion between latents: it is given both.
+    # A small model cannot find by attention what moved where, nor invent the motion between latents: it is given both,
+    # and its encoder the comparison of frames that shows motion.
     "injection_sampling": True,
+    "matching_stages": 2,
     # Trained from scratch, it need not keep DC-AE's order of channels, which shows as scan-lines.
     "shortcut": "even",
     # Sixteen channels have no room for noise that a large decoder turns into texture.

@@ -1,10 +1,10 @@
 """Residual down- and upsampling (paper §2.2.1): a strided or interpolating convolution plus a parameter-free shortcut.
 
 In space the shortcuts are those of `fsae.layers.shortcuts`. Where a step also halves or doubles time, frames pair as
-(0,0), (1,2), (3,4), ...: the shortcut averages each pair before the spatial part. After it, DC-AE's kind copies each
-frame: a time-space-to-channel shuffle with time as the fastest sub-channel. The even kind puts the mean of two
-neighbours before the later one, so that what moves does not stand still for two frames and then jump. An image or a
-static clip passes either exactly as through the 2-D autoencoder.
+(0,0), (1,2), (3,4), ...: the shortcut averages each pair before the spatial part and copies each frame after it: a
+time-space-to-channel shuffle with time as the fastest sub-channel. An image or a static clip passes exactly as through
+the 2-D autoencoder. The even kind keeps the later frame of each pair and, on the way back, puts its mean with the frame
+before in front of it: what moves is neither blurred, nor stands still for two frames to jump then.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ class Downsample(nn.Module):
         self.conv = VideoConv3d(in_channels, out_channels, Kernel(stride=2, time_stride=2 if halve_time else 1))
 
     def shortcut(self, x: Tensor, begun: bool = False) -> Tensor:
-        """Pairs of frames averaged, then the shortcut in space.
+        """Pairs of frames averaged, or their later one kept, then the shortcut in space.
 
         begun: whether frames came before x; the clip's first frame is a pair with itself.
         """
-        if self.halve_time:
+        if self.halve_time and self.in_space.even:
+            x = x[:, :, 1 if begun else 0 :: 2]
+        elif self.halve_time:
             line = x if begun else torch.cat([x[:, :, :1], x], dim=2)
             x = line.unflatten(2, (-1, 2)).mean(3)
         return _by_frame(self.in_space.down, x)

@@ -39,7 +39,9 @@ class AutoencoderTask(Task):
         validation: Clips `N 3 T H W` to validate on.
     """
 
-    added_settings = MappingProxyType({"model.injection_sampling": False, "model.shortcut": "dc-ae"})
+    added_settings = MappingProxyType(
+        {"model.injection_sampling": False, "model.matching_stages": 0, "model.shortcut": "dc-ae"}
+    )
 
     def __init__(
         self,
