@@ -66,18 +66,33 @@ def test_losses_are_the_mean_over_scales_of_the_non_saturating_ones() -> None:
 
 def test_r1_against_finite_differences() -> None:
     """Every pixel of two small clips moved by hand."""
-    model, video = small(scales=2), clips(2, 3, 2, 3, 4)
+    model, video = small(scales=2), clips(2, 3, 5, 3, 9)
 
-    def means(x: Tensor) -> Tensor:
+    def sums(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return torch.stack([score.flatten(1).mean(1) for score in model(x)])  # scales x samples
+            # Scales x samples, the root of N divided out.
+            return torch.stack([score.flatten(1).sum(1) / score[0].numel() ** 0.5 for score in model(x)])
 
     step, total = 1e-5, torch.zeros(2, 2, dtype=torch.float64)
     for place in np.ndindex(*video.shape[1:]):
         shift = torch.zeros_like(video)
         shift[(slice(None), *place)] = step
-        total += ((means(video + shift) - means(video - shift)) / (2 * step)).square()
+        total += ((sums(video + shift) - sums(video - shift)) / (2 * step)).square()
     assert r1_penalty(model, video).item() == pytest.approx(total.mean().item(), rel=1e-6)
+
+
+def test_r1_does_not_depend_on_the_size_of_clips() -> None:
+    """Four times the pixels, once edges count for little: about the same penalty, and not of the mean logit."""
+    model = small(scales=1)
+    few, many = clips(1, 3, 17, 96, 96), clips(1, 3, 17, 192, 192)
+
+    def of_the_mean(video: Tensor) -> float:
+        x = video.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x)[0].flatten(1).mean(1).sum(), x)
+        return slope.square().flatten(1).sum(1).mean().item()
+
+    assert r1_penalty(model, many).item() / r1_penalty(model, few).item() == pytest.approx(1, abs=0.4)
+    assert of_the_mean(many) < 0.4 * of_the_mean(few)
 
 
 def test_r1_can_be_learned_from() -> None:

@@ -151,7 +151,7 @@ def test_what_is_a_matrix() -> None:
     assert {names[id(p)] for p in matrices([model])} == OF_MUON
     model.kernel.weight.requires_grad_(False)
     groups = decay_groups([model], MUON)
-    assert [len(g["params"]) for g in groups] == [6, 8, 3]
+    assert [len(g["params"]) for g in groups] == [5, 9, 3]
     assert {names[id(p)] for p in groups[2]["params"]} == OF_MUON - {"kernel.weight"}
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.1]
 

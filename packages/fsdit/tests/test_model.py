@@ -10,6 +10,8 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from fsae.errors import UserError
+from fsae.training.config import OptimizerConfig
+from fsae.training.task import decay_groups
 from fsdit import FSDiT
 from fsdit.layers.rope import rotary_tables
 
@@ -330,6 +332,31 @@ def test_bfloat16_stays_close_and_keeps_float32_tables(tmp_path) -> None:
             out = other(**inputs(model))
             assert out.dtype == torch.bfloat16
             assert relative(out.float(), exact) < 0.03
+
+
+def test_time_keeps_its_precision_under_autocast() -> None:
+    """What the blocks are given of the timestep is the same to the bit inside autocast and out of it."""
+    model, given = tiny(), []
+    randomize(model)
+    model.blocks[0].register_forward_pre_hook(lambda block, inputs: given.extend(inputs))
+
+    def times() -> list[Tensor]:
+        given.clear()
+        model(**inputs(model))
+        return [x for x in given if isinstance(x, Tensor) and x.dtype == torch.float32 and x.shape[1:2] == (6,)]
+
+    outside = times()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = times()
+    assert len(outside) == len(inside) == 1 and torch.equal(outside[0], inside[0])
+
+
+def test_the_modulation_is_not_decayed() -> None:
+    model = tiny()
+    decayed, kept = (group["params"] for group in decay_groups([model], OptimizerConfig(weight_decay=0.1)))
+    matrices = {name for name, p in model.named_parameters() if p.ndim > 1 and "modulation" not in name}
+    assert {name for name, p in model.named_parameters() if any(p is other for other in decayed)} == matrices
+    assert len(decayed) + len(kept) == len(list(model.parameters()))
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path) -> None:

@@ -166,6 +166,34 @@ def test_equal_errors_everywhere_give_a_finite_mask() -> None:
     assert running(error).isfinite().all() and running.frozen()(error).isfinite().all()
 
 
+def one_rank(rank: int, folder: Path) -> None:
+    """Two batches of each process; the first of rank 1 is of pictures, which have no error map."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    running = RunningMask(DynamicMask(), decay=0.9)
+    for step in range(2):
+        if (rank, step) == (1, 0):
+            running.pass_by()
+        else:
+            running(errors_of(rank, step))
+    torch.save(running.state_dict(), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def errors_of(rank: int, step: int) -> Tensor:
+    return (1 + rank + 3 * step) * latents(1, 1, 1, 8, 8, dtype=torch.float32).abs()
+
+
+def test_processes_hold_the_same_percentiles(tmp_path: Path) -> None:
+    """Those of both: the first batch's of rank 0 alone, the second's the mean of two."""
+    torch.multiprocessing.spawn(one_rank, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first == second and first["updates"] == 2
+    at = {key: [np.percentile(errors_of(*key).numpy(), q) for q in (5, 95)] for key in ((0, 0), (0, 1), (1, 1))}
+    for place, name in enumerate(("error_5", "error_95")):
+        expected = (at[0, 0][place] + (at[0, 1][place] + at[1, 1][place]) / 2) / 2
+        assert first[name].item() == pytest.approx(expected, rel=1e-5)
+
+
 # --- saving ----
 
 

@@ -298,8 +298,10 @@ class FSDiT(StrictModelMixin):
         dtype = self.patch_embedding.weight.dtype
         x = self.patch_embedding(hidden_states.to(dtype)).flatten(2).transpose(1, 2).contiguous()
 
-        time = self.time_embedding(timestep)
-        projection = self.time_projection(nn.functional.silu(time).to(dtype))
+        # In training's autocast too these stay in the weights' precision: bfloat16 would cost the modulation 0.5 %.
+        with torch.autocast(x.device.type, enabled=False):
+            time = self.time_embedding(timestep)
+            projection = self.time_projection(nn.functional.silu(time).to(dtype))
         context = self._context(encoder_hidden_states, encoder_hidden_states_image, cache)
 
         if self.context_parallel is not None:

@@ -101,7 +101,8 @@ class RunningMask(nn.Module):
     """A dynamic mask that learns its percentiles while the refiner trains.
 
     Each error map seen in training mode moves them: a plain average of the first maps' percentiles, then an
-    exponential one. They are buffers, so that they are saved and resumed with the run.
+    exponential one. They are buffers, so that they are saved and resumed with the run. Processes that train together
+    move theirs by the mean of what they saw, so that all hold the same.
 
     Args:
         mask: range and switches.
@@ -143,13 +144,25 @@ class RunningMask(nn.Module):
         """The percentiles, kept apart: equal errors everywhere would divide by zero."""
         return self.error_5, torch.maximum(self.error_95, self.error_5 + 1e-6)
 
+    def pass_by(self) -> None:
+        """Say of a batch that has no error map: in training, other processes may have one and wait for this one."""
+        if self.training:
+            self._update(None)
+
     @torch.no_grad()
-    def _update(self, error: Tensor) -> None:
+    def _update(self, error: Tensor | None) -> None:
         levels = self.error_5.new_tensor([0.05, 0.95])
-        found = torch.quantile(error.to(levels).flatten(), levels)
+        seen = levels.new_zeros(3)  # sums of the percentiles, and how many they are of
+        if error is not None:
+            seen[:2], seen[2] = torch.quantile(error.to(levels).flatten(), levels), 1
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(seen)
+        *found, count = seen.unbind()
+        if count == 0:
+            return
         rate = (1 / (self.updates + 1)).clamp(min=1 - self.decay)
-        self.error_5.lerp_(found[0], rate)
-        self.error_95.lerp_(found[1], rate)
+        self.error_5.lerp_(found[0] / count, rate)
+        self.error_95.lerp_(found[1] / count, rate)
         self.updates += 1
 
 

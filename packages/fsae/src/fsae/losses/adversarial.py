@@ -3,10 +3,11 @@
 With D the scores of one scale (a map of logits over time and space), x a clip and x̂ its reconstruction,
 
     L_G = mean softplus(-D(x̂))
-    L_D = mean softplus(-D(x)) + mean softplus(D(x̂)) + (gamma / 2) E ||∇_x mean D(x)||²,
+    L_D = mean softplus(-D(x)) + mean softplus(D(x̂)) + (gamma / 2) E ||∇_x sum D(x)||² / N,
 
 each scale a discriminator of its own, and the losses their mean over the scales. The last term is R1 [Mescheder et al.
-2018]; it is taken lazily, every sixteenth update at sixteen times its weight.
+2018] of N logits: a logit sees a part of the clip, so that this does not depend on the clip's size, where the gradient
+of the mean logit vanishes as clips grow. It is taken lazily, every sixteenth update at sixteen times its weight.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def discriminator_loss(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor
 
 
 def r1_penalty(discriminator: Discriminator, video: Tensor) -> Tensor:
-    """E ||∇_x mean D(x)||² on clips `B 3 T H W`, the mean over scales, in fp32; differentiable by D's parameters.
+    """E ||∇_x sum D(x)||² / N on clips `B 3 T H W`, the mean over scales, in fp32; differentiable by D's parameters.
 
     The caller weighs it: gamma / 2, times the number of updates it stands for.
     """
@@ -89,6 +90,6 @@ def r1_penalty(discriminator: Discriminator, video: Tensor) -> Tensor:
         norms = []
         for score in discriminator(x):
             # The sum over samples has each sample's own gradient: no layer mixes them.
-            (slope,) = torch.autograd.grad(score.flatten(1).mean(1).sum(), x, create_graph=True)
-            norms.append(slope.square().flatten(1).sum(1).mean())
+            (slope,) = torch.autograd.grad(score.sum(), x, create_graph=True)
+            norms.append(slope.square().flatten(1).sum(1).mean() / score[0].numel())
         return torch.stack(norms).mean()

@@ -104,17 +104,19 @@ class Task:
 
 
 def decay_groups(modules: Iterable[nn.Module], optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """Matrices and kernels with weight decay, vectors without; with Muon, its matrices apart."""
+    """Layers' matrices and kernels with weight decay; vectors, and what is added to activations (a transformer's
+    `modulation`), without. With Muon, its matrices apart."""
     modules = list(modules)
     apart = {id(p) for p in matrices(modules)} if optimizer.kind == "muon" else set()
-    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
-    parameters = [p for p in trained if id(p) not in apart]
+    trained = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
+    decayed = {id(p) for name, p in trained if p.ndim > 1 and name.endswith("weight")}
+    parameters = [p for _, p in trained if id(p) not in apart]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optimizer.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": optimizer.weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
     ]
     if apart:
         rate, decay = optimizer.matrix_learning_rate, optimizer.weight_decay
-        ours = [p for p in trained if id(p) in apart]
+        ours = [p for _, p in trained if id(p) in apart]
         groups.append({"params": ours, "weight_decay": decay, "lr": rate, "kind": "muon"})
     return groups

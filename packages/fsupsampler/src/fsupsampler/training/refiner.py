@@ -89,6 +89,7 @@ class RefinerTask(FlowMatchingTask):
         """The refiner's condition, regularised while it trains; none for a single frame, which would be the target."""
         training, mask_channels = self.transformer.training, self.transformer.config.mask_channels
         if high.shape[2] == 1:
+            self.mask.pass_by()
             return nothing_known(high, mask_channels)
         with torch.no_grad():
             if self.base is not None and training:
