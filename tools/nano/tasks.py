@@ -237,7 +237,7 @@ class SeeingTask(Task):
         keep: weight of what is pulled towards `before`.
     """
 
-    def __init__(self, model: FSAE, before: FSAE, validation: Batch, keep: float = 0.6) -> None:
+    def __init__(self, model: FSAE, before: FSAE, validation: Batch, keep: float = 1.0) -> None:
         self.model, self.before, self.validation, self.keep = model, before, validation, keep
         model.decoder.requires_grad_(False)
         outer = model.encoder.outer_stages.count
@@ -269,7 +269,7 @@ class SeeingTask(Task):
             for head, feature in zip(self.heads, features, strict=True)
         ]
         terms["heads"] = torch.stack([_robust(error) for error in errors]).mean()
-        total = terms["code"] + self.keep * terms["others"] + 0.3 * terms["first"] + 0.5 * terms["heads"]
+        total = terms["code"] + self.keep * (terms["others"] + terms["first"]) + 0.5 * terms["heads"]
         wrong = (latents[:, :CODE_CHANNELS, 1:].float() - code[:, :, 1:]).detach()
         finest = errors[0].detach().norm(dim=1).mean() * VELOCITY_UNIT
         return {"loss": total, **terms, "pixels": _length(wrong), "finest_pixels": finest}

@@ -194,7 +194,7 @@ def seeing(run: Run) -> None:
     model = copy.deepcopy(before)
     outer = model.encoder.outer_stages.count
     loosen(nn.ModuleList([*model.encoder.stages[outer:], model.encoder.conv_out]))
-    loop = autoencoder_loop("seeing", run, OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.98)))
+    loop = autoencoder_loop("seeing", run, OptimizerConfig(learning_rate=6e-4, betas=(0.9, 0.98)))
     task = SeeingTask(model, before.requires_grad_(False), run.held_out(17, LOW, 16, every=4))
     trained = train(task, run.worlds(50, LONG, every=4), loop, one_item).export("encoder")
     save_state(trained.state_dict(), run.part("seeing", "encoder.safetensors"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from fsae.layers.blocks import EViTBlock, ResBlock, Stage
@@ -26,8 +27,6 @@ class EncoderStage(Stage):
         super().__init__()
         channels, *coarser = stack.widths[stage:]
         block = ResBlock if stage < stack.residual_stages else EViTBlock
-        compares = 0 <= stage - stack.residual_stages < stack.matching_stages
-        self.match = Matching(channels, eps=stack.style.eps) if compares else None
         self.blocks = nn.ModuleList(block(channels, stack.style) for _ in range(stack.depths[stage]))
         halve_time = stage < stack.temporal_stages
         self.down = (
@@ -36,8 +35,6 @@ class EncoderStage(Stage):
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> tuple[Tensor, Tensor]:
         """`B C T H W` -> (the stage's features `B C T H W`, what the next stage gets)."""
-        if self.match is not None:
-            x = self.run(self.match, x, cache=cache)
         for block in self.blocks:
             x = self.run(block, x, cache=cache)
         return x, x if self.down is None else self.run(self.down, x, cache=cache)
@@ -57,6 +54,7 @@ class Encoder(nn.Module):
         self.conv_in = VideoConv3d(3, stack.widths[0])
         self.stages = nn.ModuleList(EncoderStage(stack, s) for s in range(len(stack.widths)))
         self.conv_out = VideoConv3d(stack.widths[-1], stack.latent_channels)
+        self.match = Matching(stack.widths[self.outer_stages.count]) if stack.matching else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(self.outer(x)[1])[1]
@@ -79,10 +77,20 @@ class Encoder(nn.Module):
         Returns:
             The features of each of these stages, and what `inner` starts from, `B C t h w`.
         """
-        return self._run(self.conv_in(x, cache), self.stages[: self.outer_stages.count], cache)
+        begun = cache is not None and self.conv_in in cache
+        kept, out = self._run(self.conv_in(x, cache), self.stages[: self.outer_stages.count], cache)
+        if self.match is not None:
+            # The frames themselves, small, in channels of their own: what is cut and joined stays one map.
+            stages = self.outer_stages
+            frames = self.match.frames(x, stages.cell, stages.compression.time, begun)
+            out = torch.cat([out, frames.to(out.dtype)], dim=1)
+        return kept, out
 
     def inner(self, x: Tensor, cache: FrameCache | None = None) -> tuple[list[Tensor], Tensor]:
         """The whole-frame stages: `outer`'s output -> (the features of each of these stages, the latents)."""
+        if self.match is not None:
+            x, frames = x.split([x.shape[1] - self.match.frame_channels, self.match.frame_channels], dim=1)
+            x = self.match(x, frames, cache)
         kept, x = self._run(x, self.stages[self.outer_stages.count :], cache)
         return kept, self.conv_out(x, cache) + x.unflatten(1, (-1, self.average)).mean(2)
 

@@ -50,8 +50,8 @@ class FSAE(StrictModelMixin):
         injection_reach: pixels that the injection's offsets are counted in, so that it follows motion; 0 for none.
         injection_sampling: the residual stages sample frame 0's features along the motion that the decoder reads off
             the latents, those at higher frame rates too, in place of attending to them (`fsae.layers.motion`).
-        matching_stages: how many of the encoder's finest EfficientViT stages compare each frame with the one before, so
-            that a small encoder sees motion (`fsae.layers.matching`).
+        frame_matching: the encoder compares each latent's frame with that of the latent before, patch by patch, so that
+            a small one sees motion (`fsae.layers.matching`).
         shortcut: "dc-ae", which its weights need, or "even", for training from scratch (`fsae.layers.shortcuts`).
         attention_head_dim: channels a head of the linear attention.
         noise: weight of the noise in the decoder's residual blocks; 0 is none.
@@ -86,7 +86,7 @@ class FSAE(StrictModelMixin):
         injection_window: int = 128,
         injection_reach: float = 0.0,
         injection_sampling: bool = False,
-        matching_stages: int = 0,
+        frame_matching: bool = False,
         shortcut: ShortcutKind = "dc-ae",
         attention_head_dim: int = 32,
         noise: float = 0.05,
@@ -107,7 +107,7 @@ class FSAE(StrictModelMixin):
             BlockStyle(head_dim=attention_head_dim, eps=norm_eps, norm_affine=norm_affine, shortcut=shortcut),
         )
         injection = Injection(tuple(widths), injection_head_dim, injection_window, injection_reach, injection_sampling)
-        self.encoder = Encoder(replace(stack, matching_stages=matching_stages))
+        self.encoder = Encoder(replace(stack, matching=frame_matching))
         self.decoder = Decoder(
             replace(
                 stack,

@@ -35,7 +35,7 @@ NANO: dict[str, Any] = {
     # A small model cannot find by attention what moved where, nor invent the motion between latents: it is given both,
     # and its encoder the comparison of frames that shows motion.
     "injection_sampling": True,
-    "matching_stages": 2,
+    "frame_matching": True,
     # Trained from scratch, it need not keep DC-AE's order of channels, which shows as scan-lines.
     "shortcut": "even",
     # Sixteen channels have no room for noise that a large decoder turns into texture.

@@ -41,7 +41,7 @@ class StackConfig:
         residual_stages: how many of the finest stages are residual convolutions; the others are EfficientViT blocks.
         temporal_stages: how many of the finest stages change the frame rate, by two each, on the way to the next.
         style: what all blocks share.
-        matching_stages: how many of an encoder's finest EfficientViT stages compare frames (`fsae.layers.matching`).
+        matching: whether an encoder compares each latent's frame with the one before (`fsae.layers.matching`).
 
     Raises:
         ValueError: numbers of stages or of channels that do not fit together.
@@ -53,7 +53,7 @@ class StackConfig:
     residual_stages: int
     temporal_stages: int
     style: BlockStyle
-    matching_stages: int = 0
+    matching: bool = False
 
     def __post_init__(self) -> None:
         if len(self.widths) != len(self.depths):

@@ -40,7 +40,7 @@ class AutoencoderTask(Task):
     """
 
     added_settings = MappingProxyType(
-        {"model.injection_sampling": False, "model.matching_stages": 0, "model.shortcut": "dc-ae"}
+        {"model.injection_sampling": False, "model.frame_matching": False, "model.shortcut": "dc-ae"}
     )
 
     def __init__(

@@ -50,7 +50,7 @@ SIZES = (
     "injection_window",
     "injection_reach",
     "injection_sampling",
-    "matching_stages",
+    "frame_matching",
 )
 """The options of FSAE that a conversion may set; the others follow from what DC-AE and a causal decoder are."""
 
