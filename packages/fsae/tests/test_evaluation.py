@@ -172,7 +172,7 @@ def test_files_of_an_evaluation(tmp_path: Path, model: FSAE, clips: Path) -> Non
 def test_samples_are_drawn_by_the_seed(clips: Path) -> None:
     def chosen(seed: int) -> list[str]:
         settings = EvalSettings(str(clips), **SIZE, samples=2, seed=seed)
-        data = evaluation.HeldOutClips(settings.data, 5, (16, 20), seed=seed)
+        data = evaluation.HeldOutClips(settings.data, Sampling(5, size=(16, 20)), seed)
         return [Path(name).name for name, _ in data.usable(settings)]
 
     with pytest.warns(UserWarning, match="skipped"):

@@ -59,7 +59,7 @@ def test_each_stage_goes_on_from_the_one_before(folder: Path, monkeypatch: pytes
 def test_the_full_stages_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
     configs = stages(CONFIGS, monkeypatch)
     assert configs[0].model == "14b" in PRESETS
-    sizes = [(config.frames, config.height, config.width) for config in configs]
+    sizes = [config.clips.shapes[0] for config in configs]
     assert [frames for frames, _, _ in sizes] == [1, 121, 121, 121]
     for (_, height, width), side in zip(sizes, (256, 256, 512, 512), strict=True):
         assert 0.9 < height * width / side**2 < 1.1

@@ -25,6 +25,7 @@ STRIDE = 4  # its temporal compression: clips have 1 + 4k frames
 Frames = Annotated[int, Bound("1 + 4k", lambda value: value >= 1 and value % STRIDE == 1)]
 Side = Annotated[int, Bound(f"a multiple of {SIDE}", lambda value: value >= SIDE and value % SIDE == 0)]
 Area = Annotated[int, Bound(f"at least {SIDE**2}, {SIDE} x {SIDE} pixels", lambda value: value >= SIDE**2)]
+Aspect = Annotated[float, Bound("at least 1", lambda value: value >= 1)]
 Reader = Literal["pyav", "decord"]
 
 
@@ -94,7 +95,7 @@ class BucketConfig:
     width: Side | None = None
     weight: Positive = 1.0
     batch_size: Count | None = None
-    max_aspect: Annotated[float, Bound("at least 1", lambda value: value >= 1)] = 2.0
+    max_aspect: Aspect = 2.0
 
     def __post_init__(self) -> None:
         check(self, "bucket")

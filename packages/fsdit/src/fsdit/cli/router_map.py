@@ -13,6 +13,8 @@ from fsae.data.config import Frames, Sampling, Side
 from fsae.errors import UserError
 from fsae.storage.files import check_writable
 
+Picture = Annotated[str, Bound("a name that ends in .png", lambda name: Path(name).suffix == ".png")]
+
 
 @dataclass(frozen=True)
 class RouterMapConfig:
@@ -39,7 +41,7 @@ class RouterMapConfig:
     """
 
     model: str
-    output: Annotated[str, Bound("a name that ends in .png", lambda name: Path(name).suffix == ".png")]
+    output: Picture
     data: str = ""
     autoencoder: str = ""
     encoders: str = ""

@@ -74,6 +74,9 @@ PROMPT = (
     "how it looks, what moves and how, and what the camera does. State only what the pictures show."
 )
 
+Listing = Annotated[str, Bound("a file's name that ends in .jsonl", lambda name: name.lower().endswith(".jsonl"))]
+Pixels = Annotated[int, Bound(f"{56 * 56} or more", lambda count: count >= 56 * 56)]
+
 
 @dataclass(frozen=True)
 class CaptionConfig:
@@ -93,10 +96,10 @@ class CaptionConfig:
     """
 
     data: Text
-    output: Annotated[str, Bound("a file's name that ends in .jsonl", lambda name: name.lower().endswith(".jsonl"))]
+    output: Listing
     model: Text
     frames: Count = 8
-    max_pixels: Annotated[int, Bound(f"{56 * 56} or more", lambda count: count >= 56 * 56)] = 360 * 640
+    max_pixels: Pixels = 360 * 640
     prompt: Text = PROMPT
     max_tokens: Count = 256
     keep: bool = True
