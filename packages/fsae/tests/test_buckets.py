@@ -9,6 +9,7 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from fsae.data.buckets import Bucket, BucketedClips, BucketOrder, nearest_size
-from fsae.data.config import BucketConfig, Mixture, SourceConfig
+from fsae.data.config import BucketConfig, ClipsConfig, Mixture, SourceConfig
 from fsae.data.order import Cut, EpochItems, MicroBatches
 from fsae.data.video import VideoInfo, write_video
 from fsae.errors import UserError
@@ -122,6 +123,27 @@ def test_impossible_clips_are_refused() -> None:
     for source in ({"path": ""}, {"path": "x", "weight": -1.0}):
         with pytest.raises(UserError, match=r"source\.(path|weight)"):
             SourceConfig(**source)  # type: ignore[arg-type]
+
+
+def test_what_checkpoints_and_caches_hold_of_clips_stays_as_it_is() -> None:
+    """Or runs and caches of earlier versions would not go on."""
+    bucket = {
+        "frames": 5,
+        "area": None,
+        "height": 64,
+        "width": 128,
+        "weight": 1.0,
+        "batch_size": None,
+        "max_aspect": 2.0,
+    }
+    clips = ClipsConfig(5, 64, 128, more_data=[SourceConfig("b", 2.0)], fps=8.0)
+    assert not clips.plain and asdict(clips.mixture("a")) == {
+        "sources": [{"path": "a", "weight": 1.0}, {"path": "b", "weight": 2.0}],
+        "buckets": [{**bucket, "max_aspect": 2.0}],
+        "fps": 8.0,
+        "stride": 1,
+        "reader": "pyav",
+    }
 
 
 def test_settings_need_no_torch() -> None:

@@ -12,13 +12,14 @@ from fsae.errors import require
 
 
 class Bound(NamedTuple):
-    """In `Annotated`: what values of a type are accepted, in words, and whether one is."""
+    """In `Annotated`: what values of a type are accepted, in words, and whether one is.
+
+    Such a type is named at its module's level: in a field's own annotation, which is a string, `holds` would find none
+    of the module's names.
+    """
 
     accepted: str
     holds: Callable[[Any], bool]
-
-    def __repr__(self) -> str:
-        return self.accepted  # as a command line's help shows the type
 
 
 Count = Annotated[int, Bound("1 or more", lambda value: value >= 1)]
