@@ -27,11 +27,12 @@ ALLOWED: dict[str, set[str]] = {
 WINGS: dict[str, set[str]] = {
     "errors": set(),
     "exports": set(),
+    "bounds": {"errors"},
     "commandline": {"errors"},
     "devices": {"errors"},
     "storage": {"errors"},
-    "data": {"errors", "storage"},
-    "training": {"errors", "commandline", "devices", "storage", "data"},
+    "data": {"errors", "bounds", "storage"},
+    "training": {"errors", "bounds", "commandline", "devices", "storage", "data"},
 }
 
 

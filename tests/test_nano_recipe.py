@@ -29,6 +29,7 @@ from tasks import (
 from velocity import CODE_CHANNELS, between, centres, motion_code, velocity
 
 from fsae import FSAE
+from fsae.data.order import Cut
 from fsae.layers.motion import VELOCITY_UNIT, MotionField
 from fsae.storage.files import read_json
 from fsae.weights.inflation import inflate
@@ -126,7 +127,7 @@ def test_lessons_begin_easily_and_items_come_in_turn() -> None:
         (1, 3, 1),
         (3, 3, 5),
     ]
-    assert lessons.order(0, 1, 1, 1, 0).micro_batch(7, 0) == [(7,)]
+    assert lessons.order(Cut(0, 1, 1, 1, 0)).micro_batch(7, 0) == [(7,)]
 
 
 def test_what_is_held_of_the_encoder_stays_and_the_truth_costs_nothing() -> None:

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from real_clips import ROOT, load
 
+from fsae.data.config import ClipsConfig
 from fsae.data.video import to_video_tensor
 from fsae.evaluation.intrinsic_dimension import intrinsic_dimension, latent_points
 from fsae.evaluation.metrics import flicker, psnr
@@ -136,9 +137,7 @@ def configuration(run: Run, steps: int) -> AutoencoderConfig:
         data="real clips",
         loop=loop,
         model="nano" if run.start is None else str(BUILD / run.start / "autoencoder"),
-        frames=FRAMES,
-        height=128,
-        width=128,
+        clips=ClipsConfig(FRAMES, 128, 128),
         perceptual_weights=[str(perceptual_weights())],
     )
     return replace(config, **run.changes)

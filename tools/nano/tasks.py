@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from velocity import CODE_CHANNELS, motion_code, velocity
 
 from fsae import FSAE
+from fsae.data.order import Cut
 from fsae.evaluation.metrics import psnr
 from fsae.layers.conv import VideoConv3d
 from fsae.layers.motion import VELOCITY_UNIT, MotionField
@@ -69,8 +70,8 @@ class CameraClips(torch.utils.data.Dataset[Batch]):
         """Item `index`."""
         return self[index]
 
-    def order(self, *cut: int) -> InTurn:
-        """One item after the other, whatever the run's (seed, batch size, accumulation, processes, rank)."""
+    def order(self, cut: Cut) -> InTurn:
+        """One item after the other, whatever the run's cut."""
         return InTurn()
 
 

@@ -39,7 +39,8 @@ from motion import motion_from_dict
 from tasks import CameraClips, ClipTask, SeeingTask, Weights, loosen, one_item, read_code
 
 from fsae import FSAE
-from fsae.data.order import DataOrder
+from fsae.data.config import ClipsConfig
+from fsae.data.order import Cut, DataOrder
 from fsae.losses.perceptual import PerceptualLoss
 from fsae.stages.task import measure_latent_statistics
 from fsae.storage.checkpoint import load_state, save_state
@@ -261,9 +262,10 @@ class Recaptioned:
     def __len__(self) -> int:
         return sum(map(len, self.plans))
 
-    def order(self, seed: int, batch_size: int, accumulation: int, processes: int, rank: int) -> SizeOrder:
+    def order(self, cut: Cut) -> SizeOrder:
         """Batches of one size each; a size comes as often as it has clips."""
-        return SizeOrder([len(plans) for plans in self.plans], seed, batch_size * accumulation * processes, batch_size)
+        samples = cut.batch * cut.accumulation * cut.processes
+        return SizeOrder([len(plans) for plans in self.plans], cut.seed, samples, cut.batch)
 
     def words(self, plan: dict[str, Any], index: int, epoch: int) -> str:
         """A caption of the clip, new in each epoch."""
@@ -283,7 +285,7 @@ class SizeOrder:
 
     def __init__(self, lengths: Sequence[int], seed: int, samples: int, batch_size: int) -> None:
         self.lengths, self.seed, self.samples, self.batch_size = lengths, seed, samples, batch_size
-        self.orders = [DataOrder(length, seed + group, 1) for group, length in enumerate(lengths)]
+        self.orders = [DataOrder(length, Cut(seed + group)) for group, length in enumerate(lengths)]
 
     def position(self, step: int) -> tuple[int, int]:
         """(epoch, offset) of a step's first sample."""
@@ -368,9 +370,7 @@ def base(run: Run) -> None:
         data="the nano world",
         autoencoder=str(run.part("together", "autoencoder")),
         loop=latent_loop("base", run, batch_size=32, rate=6e-4),
-        frames=FRAMES,
-        height=LOW,
-        width=LOW,
+        clips=ClipsConfig(FRAMES, LOW, LOW),
         flow=BASE_FLOW,
     )
     train_transformer(config, cached(run, "clips"))
@@ -382,7 +382,7 @@ def upsampler(run: Run) -> None:
         data="the nano world",
         autoencoder=str(run.part("together", "autoencoder")),
         loop=latent_loop("upsampler", run, batch_size=8, rate=3e-4),
-        frames=FRAMES,
+        clips=ClipsConfig(FRAMES),
         loss=UpsamplerLoss(latent=1.0, pixel=0.0, perceptual=0.0),
     )
     train_upsampler(config, cached(run, "pairs"))
@@ -399,7 +399,7 @@ def refiner(run: Run) -> None:
         base_flow=BASE_FLOW,
         upsampler=str(run.part("upsampler", "upsampler")),
         loop=latent_loop("refiner", run, batch_size=8, rate=3e-4),
-        frames=FRAMES,
+        clips=ClipsConfig(FRAMES),
         flow=REFINER_FLOW,
     )
     train_refiner(config, cached(run, "pairs"))

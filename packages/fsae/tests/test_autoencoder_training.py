@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fsae.data.config import ClipsConfig
 from fsae.data.video import write_video
 from fsae.errors import UserError
 from fsae.evaluation.metrics import psnr
@@ -65,7 +66,10 @@ def configuration(folder: Path, data: Path, **changes: Any) -> AutoencoderConfig
     )
     loop_fields = {k: changes.pop(k) for k in list(changes) if k in vars(loop)}
     loop = LoopConfig(**{**vars(loop), **loop_fields})
-    return AutoencoderConfig(str(data), loop, **{"frames": 1, "height": 64, "width": 64, **changes})
+    clips = {k: changes.pop(k) for k in list(changes) if k in vars(ClipsConfig())}
+    return AutoencoderConfig(
+        str(data), loop, ClipsConfig(**{"frames": 1, "height": 64, "width": 64, **clips}), **changes
+    )
 
 
 @pytest.fixture
@@ -204,8 +208,8 @@ def test_a_saved_model_is_trained_further(tmp_path: Path, tiny_preset: None) -> 
     ("changes", "sentence"),
     [
         ({"model": "nanno"}, "neither a preset"),
-        ({"frames": 18}, "18 frames cannot be encoded"),
-        ({"height": 100}, "64x100 pixels cannot be encoded"),
+        ({"frames": 18}, "clips.frames is 18; it must be 1 \\+ 4k"),
+        ({"height": 100}, "clips.height is 100; it must be a multiple of 64"),
         ({"perceptual_weights": ["none.pth"]}, "none.pth does not exist"),
     ],
 )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fsae.data.config import Sampling
 from fsae.data.datasets import VideoFolder
 from fsae.data.media import Media
 from fsae.data.readers import DamagedVideo, ShortVideo, draw_clip, frame_times, read_clip
@@ -71,7 +72,7 @@ def test_damage_in_the_middle_never_gives_false_frames(whole: Path, tmp_path: Pa
         read_video(path)
     assert np.array_equal(read_video(path, frames=len(times) - 1)[0], frames[: len(times) - 1])
     with pytest.raises(DamagedVideo, match="is damaged"):
-        read_clip(path, 24, times[-6])
+        read_clip(path, Sampling(24), times[-6])
 
 
 def test_without_the_decoders_report_damage_would_pass(whole: Path, tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_every_draw_of_a_damaged_video_is_a_clip_of_whole_frames(
     step = 1 if fps is None else int(RATE / fps)
     seen = set()
     for draw in np.linspace(0, 0.999, 13):
-        clip, _ = draw_clip(Media(path), probe(path), float(draw), 5, fps)
+        clip, _ = draw_clip(Media(path), probe(path), float(draw), Sampling(5, fps))
         matches = [
             i for i in range(COUNT - 4 * step) if np.array_equal(clip, frames[i : i + 4 * step + 1 : step].numpy())
         ]
@@ -105,7 +106,7 @@ def test_every_draw_of_a_damaged_video_is_a_clip_of_whole_frames(
         seen.add(matches[0])
     assert min(seen) == 0 and any(i >= before for i in seen)  # what is after the damage is used, too
     with pytest.raises(DamagedVideo, match="is damaged .*; before, it has"):
-        draw_clip(Media(path), probe(path), 0.0, COUNT if fps is None else COUNT // 2, fps)
+        draw_clip(Media(path), probe(path), 0.0, Sampling(COUNT if fps is None else COUNT // 2, fps))
 
 
 def test_a_truncated_file_is_used_as_far_as_it_goes(whole: Path, tmp_path: Path) -> None:
@@ -117,11 +118,11 @@ def test_a_truncated_file_is_used_as_far_as_it_goes(whole: Path, tmp_path: Path)
     assert probe(path).frames == COUNT  # the index promises what is gone
     assert 10 < len(frame_times(path)) < COUNT
     for draw in (0.0, 0.4, 0.7, 0.999):
-        clip, _ = draw_clip(Media(path), probe(path), draw, 5)
+        clip, _ = draw_clip(Media(path), probe(path), draw, Sampling(5))
         assert any(np.array_equal(clip, frames[i : i + 5].numpy()) for i in range(COUNT - 4))
     (tmp_path / "no_index.mp4").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])  # its index was at the end
     with pytest.raises(UserError, match="cannot be decoded"):
-        read_clip(tmp_path / "no_index.mp4", 1)
+        read_clip(tmp_path / "no_index.mp4", Sampling(1))
 
 
 def test_a_video_without_frames_is_refused(tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_a_video_without_frames_is_refused(tmp_path: Path) -> None:
 
 
 def read_clip_of_one(path: Path) -> Any:
-    return read_clip(path, 1)
+    return read_clip(path, Sampling(1))
 
 
 def test_a_recording_that_begins_within_a_group_is_read_from_its_first_whole_picture(tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ def test_a_recording_that_begins_within_a_group_is_read_from_its_first_whole_pic
     decoded = np.stack(list(stream_video(tmp_path / "cut.ts")))
     assert 24 <= len(decoded) < 48
     assert np.array_equal(decoded, reference[-len(decoded) :])
-    assert np.array_equal(read_clip(tmp_path / "cut.ts", 5, 2.5)[0], decoded[20:25])
+    assert np.array_equal(read_clip(tmp_path / "cut.ts", Sampling(5), 2.5)[0], decoded[20:25])
 
 
 def test_ten_bits_become_eight(tmp_path: Path) -> None:
@@ -164,9 +165,9 @@ def test_ten_bits_become_eight(tmp_path: Path) -> None:
     deep, plain = encode(tmp_path / "a.mp4", frames, "yuv420p10le"), encode(tmp_path / "b.mp4", frames)
     with av.open(str(deep)) as container:
         assert container.streams.video[0].codec_context.pix_fmt == "yuv420p10le"
-    ten, eight = read_clip(deep, 8, 3.0)[0], read_clip(plain, 8, 3.0)[0]
+    ten, eight = read_clip(deep, Sampling(8), 3.0)[0], read_clip(plain, Sampling(8), 3.0)[0]
     assert ten.dtype == np.uint8
-    other = np.abs(ten.astype(int) - read_clip(plain, 8, 2.0)[0]).mean()  # another second of it
+    other = np.abs(ten.astype(int) - read_clip(plain, Sampling(8), 2.0)[0]).mean()  # another second of it
     assert np.abs(ten.astype(int) - eight).mean() < other / 3
 
 
@@ -174,8 +175,8 @@ def test_ten_bits_become_eight(tmp_path: Path) -> None:
 def test_odd_sizes(tmp_path: Path, height: int, width: int) -> None:
     path = encode(tmp_path / "a.mp4", pictures(4, height, width), "yuv444p")
     assert (probe(path).height, probe(path).width) == (height, width)
-    assert read_clip(path, 4)[0].shape == (4, height, width, 3)
-    assert read_clip(path, 4, size=(64, 128))[0].shape == (4, 64, 128, 3)
+    assert read_clip(path, Sampling(4))[0].shape == (4, height, width, 3)
+    assert read_clip(path, Sampling(4, size=(64, 128)))[0].shape == (4, 64, 128, 3)
 
 
 def test_turned_videos_stand_upright(whole: Path, tmp_path: Path) -> None:
@@ -184,8 +185,8 @@ def test_turned_videos_stand_upright(whole: Path, tmp_path: Path) -> None:
     data[start : start + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
     (tmp_path / "a.mp4").write_bytes(data)
     assert (probe(tmp_path / "a.mp4").height, probe(tmp_path / "a.mp4").width) == (W, H)
-    turned, _ = read_clip(tmp_path / "a.mp4", 5, 4.0)
-    assert np.array_equal(turned, np.rot90(read_clip(whole, 5, 4.0)[0], -1, axes=(1, 2)))
+    turned, _ = read_clip(tmp_path / "a.mp4", Sampling(5), 4.0)
+    assert np.array_equal(turned, np.rot90(read_clip(whole, Sampling(5), 4.0)[0], -1, axes=(1, 2)))
 
 
 def test_a_video_that_changes_its_size_is_read_at_one(tmp_path: Path) -> None:
@@ -207,7 +208,7 @@ def test_a_list_of_bad_media_is_never_fatal(whole: Path, tmp_path: Path) -> None
     (tmp_path / "folder.mp4").mkdir()
     names = ["missing.mp4", "damaged.mp4", "empty.mp4", str(whole), "short.mp4", "folder.mp4"]
     (tmp_path / "list.csv").write_text("path\n" + "\n".join(names) + "\n")
-    clips = VideoFolder(tmp_path / "list.csv", 5, (32, 32))
+    clips = VideoFolder(tmp_path / "list.csv", Sampling(5, size=(32, 32)))
     videos = [clips.sample(i, epoch)["video"] for epoch in range(3) for i in range(len(names))]
     assert all(video.shape == (3, 5, 32, 32) for video in videos)
     assert {media.name for media in clips.skipped} == {"missing.mp4", "empty.mp4", "short.mp4", "folder.mp4"}
@@ -220,8 +221,8 @@ def test_what_was_met_before_does_not_change_a_sample(whole: Path, tmp_path: Pat
     damaged(whole, tmp_path / "a.mp4", 0.35)
     (tmp_path / "b.mp4").write_bytes(whole.read_bytes())
     assert len(frame_times(tmp_path / "a.mp4")) < 30
-    one_by_one = [VideoFolder(tmp_path, 30, (8, 8)).sample(0, epoch)["video"] for epoch in range(5)]
-    clips = VideoFolder(tmp_path, 30, (8, 8))
+    one_by_one = [VideoFolder(tmp_path, Sampling(30, size=(8, 8))).sample(0, epoch)["video"] for epoch in range(5)]
+    clips = VideoFolder(tmp_path, Sampling(30, size=(8, 8)))
     in_a_row = [clips.sample(0, epoch)["video"] for epoch in range(5)]
     assert all(a.equal(b) for a, b in zip(one_by_one, in_a_row, strict=True))
     own = [any(v.equal(clips.sample(1, e)["video"]) for e in (epoch,)) for epoch, v in enumerate(in_a_row)]
@@ -238,7 +239,7 @@ def test_streams_give_single_frames_as_read_video_does(whole: Path) -> None:
     with pytest.raises(UserError, match="no video file"):
         next(iter(stream_video(whole.with_name("none.mp4"))))
     with pytest.raises(ShortVideo):
-        read_clip(whole, COUNT + 1)
+        read_clip(whole, Sampling(COUNT + 1))
 
 
 def test_a_stream_can_be_written_as_it_comes(whole: Path, tmp_path: Path) -> None:

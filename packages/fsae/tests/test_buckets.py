@@ -9,6 +9,7 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from fsae.data.buckets import Bucket, BucketedClips, BucketOrder, nearest_size
-from fsae.data.config import BucketConfig, ClipsConfig, SourceConfig
-from fsae.data.order import EpochItems, MicroBatches
+from fsae.data.config import BucketConfig, ClipsConfig, Mixture, SourceConfig
+from fsae.data.order import Cut, EpochItems, MicroBatches
 from fsae.data.video import VideoInfo, write_video
 from fsae.errors import UserError
 
@@ -52,7 +53,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def mixture(media: Path, **changes: Any) -> ClipsConfig:
+def mixture(media: Path, **changes: Any) -> Mixture:
     settings: dict[str, Any] = {
         "sources": [SourceConfig(str(media / "own")), SourceConfig(str(media / "shard.tar"), weight=0.5)],
         "buckets": [
@@ -60,7 +61,7 @@ def mixture(media: Path, **changes: Any) -> ClipsConfig:
             BucketConfig(frames=1, height=128, width=64, batch_size=3),
         ],
     }
-    return ClipsConfig(**{**settings, **changes})
+    return Mixture(**{**settings, **changes})
 
 
 # --- sizes
@@ -118,10 +119,31 @@ def test_impossible_clips_are_refused() -> None:
         ({"sources": sources, "buckets": buckets, "reader": "x"}, "clips.reader"),
     ]:
         with pytest.raises(UserError, match=words):
-            ClipsConfig(**settings)  # type: ignore[arg-type]
+            Mixture(**settings)  # type: ignore[arg-type]
     for source in ({"path": ""}, {"path": "x", "weight": -1.0}):
         with pytest.raises(UserError, match=r"source\.(path|weight)"):
             SourceConfig(**source)  # type: ignore[arg-type]
+
+
+def test_what_checkpoints_and_caches_hold_of_clips_stays_as_it_is() -> None:
+    """Or runs and caches of earlier versions would not go on."""
+    bucket = {
+        "frames": 5,
+        "area": None,
+        "height": 64,
+        "width": 128,
+        "weight": 1.0,
+        "batch_size": None,
+        "max_aspect": 2.0,
+    }
+    clips = ClipsConfig(5, 64, 128, more_data=[SourceConfig("b", 2.0)], fps=8.0)
+    assert not clips.plain and asdict(clips.mixture("a")) == {
+        "sources": [{"path": "a", "weight": 1.0}, {"path": "b", "weight": 2.0}],
+        "buckets": [{**bucket, "max_aspect": 2.0}],
+        "fps": 8.0,
+        "stride": 1,
+        "reader": "pyav",
+    }
 
 
 def test_settings_need_no_torch() -> None:
@@ -147,7 +169,7 @@ def of(index: int) -> int:
 
 def test_mixtures_have_their_weights() -> None:
     """Each count is binomial: within 4.5 standard deviations of its mean."""
-    order, count = BucketOrder(table(), seed=5, batch_size=2), 20_000
+    order, count = BucketOrder(table(), Cut(5, 2)), 20_000
     batches = [order.micro_batch(step, 0) for step in range(count)]
     buckets = Counter(of(batch[0][0]) for batch in batches)
     for bucket, share in enumerate([0.5, 0.1, 0.4]):
@@ -158,7 +180,7 @@ def test_mixtures_have_their_weights() -> None:
 
 
 def test_the_files_of_a_source_come_once_an_epoch() -> None:
-    order = BucketOrder(table(), seed=1, batch_size=2)
+    order = BucketOrder(table(), Cut(1, 2))
     stream = [key for step in range(600) for key in order.micro_batch(step, 0)]
     assert len(set(stream)) == len(stream)
     seen = [key for key in stream if key[0] < 7]
@@ -169,20 +191,20 @@ def test_the_files_of_a_source_come_once_an_epoch() -> None:
 
 
 def test_micro_batches_are_of_one_bucket_and_all_processes_have_the_same() -> None:
-    whole = BucketOrder(table()[:2], seed=3, batch_size=6, accumulation=2)
-    parts = [BucketOrder(table()[:2], 3, 2, 2, processes=3, rank=rank) for rank in range(3)]
+    whole = BucketOrder(table()[:2], Cut(3, 6, accumulation=2))
+    parts = [BucketOrder(table()[:2], Cut(3, 2, accumulation=2, processes=3, rank=rank)) for rank in range(3)]
     for step in range(200):
         for micro in range(2):
             batches = [part.micro_batch(step, micro) for part in parts]
             assert len({of(index) for batch in batches for index, _ in batch}) == 1
             assert [key for batch in batches for key in batch] == whole.micro_batch(step, micro)
-    sized = BucketOrder(table(), seed=3, batch_size=2)
+    sized = BucketOrder(table(), Cut(3, 2))
     assert {(of(b[0][0]), len(b)) for b in (sized.micro_batch(s, 0) for s in range(100))} == {(0, 2), (1, 2), (2, 3)}
 
 
 def test_any_step_can_be_asked_first() -> None:
     def order(seed: int = 8) -> BucketOrder:
-        return BucketOrder(table(), seed, batch_size=2, accumulation=2)
+        return BucketOrder(table(), Cut(seed, 2, accumulation=2))
 
     running, steps = order(), [0, 1, 2, 2047, 2048, 2049, 5000, 12_345]
     everything = {step: [running.micro_batch(step, m) for m in range(2)] for step in range(12_346) if step in steps}
@@ -216,7 +238,7 @@ def test_clips_are_sorted_into_sizes(media: Path) -> None:
 
 
 def batches(clips: BucketedClips, start: int, stop: int, workers: int = 0, rank: int = 0) -> Iterator[Any]:
-    order = clips.order(4, 2, 2, 2, rank)
+    order = clips.order(Cut(4, 2, 2, 2, rank))
     return iter(DataLoader(EpochItems(clips), batch_sampler=MicroBatches(order, 2, start, stop), num_workers=workers))
 
 
@@ -241,11 +263,11 @@ def test_what_breaks_changes_no_order_and_is_named(media: Path, tmp_path: Path) 
         video(tmp_path / f"{k}.mp4", 64, 64, level=20 + 13 * k)
     clips = BucketedClips(mixture(media, sources=sources, buckets=[BucketConfig(frames=5, height=64, width=64)]))
     before = [clips.sample(index, 3)["video"] for index in range(4)]
-    keys = [clips.order(0, 2, 1, 1, 0).micro_batch(step, 0) for step in range(6)]
+    keys = [clips.order(Cut(0, 2, 1, 1, 0)).micro_batch(step, 0) for step in range(6)]
     (tmp_path / "1.mp4").write_text("broken")
     loaded = list(batches(clips, 0, 8, workers=1))  # met by a worker process
     assert len(loaded) == 16 and [media.name for media in clips.skipped] == ["1.mp4"]
-    assert keys == [clips.order(0, 2, 1, 1, 0).micro_batch(step, 0) for step in range(6)]
+    assert keys == [clips.order(Cut(0, 2, 1, 1, 0)).micro_batch(step, 0) for step in range(6)]
     after = [clips.sample(index, 3)["video"] for index in range(4)]
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False, True, True]
     assert torch.equal(after[1], after[2])
@@ -261,7 +283,7 @@ def test_what_breaks_changes_no_order_and_is_named(media: Path, tmp_path: Path) 
 def test_a_list_with_missing_files_is_not_fatal(media: Path) -> None:
     with pytest.warns(UserWarning, match=r"1 file\(s\) skipped: .*missing\.mp4"):
         clips = BucketedClips(
-            ClipsConfig([SourceConfig(str(media / "list.csv"))], [BucketConfig(frames=5, height=64, width=64)])
+            Mixture([SourceConfig(str(media / "list.csv"))], [BucketConfig(frames=5, height=64, width=64)])
         )
     assert [clips[i]["caption"] for i in range(len(clips))] == ["listed"] * 3
     assert [one.name for one in clips.skipped] == ["missing.mp4"]
@@ -272,7 +294,7 @@ def test_what_is_broken_is_said_where_no_file_fits(tmp_path: Path) -> None:
         (tmp_path / "list.csv").write_text("\n".join(["path", *names]) + "\n")
         with pytest.raises(UserError) as caught:
             BucketedClips(
-                ClipsConfig([SourceConfig(str(tmp_path / "list.csv"))], [BucketConfig(frames=5, height=64, width=64)])
+                Mixture([SourceConfig(str(tmp_path / "list.csv"))], [BucketConfig(frames=5, height=64, width=64)])
             )
         return str(caught.value)
 

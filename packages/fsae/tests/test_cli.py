@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from fsae.cli import main
 from fsae.cli.options import parse_bytes
+from fsae.data.config import BucketConfig, ClipsConfig, SourceConfig
 from fsae.data.datasets import cover
 from fsae.data.image import load_image
 from fsae.data.video import read_video, to_video_tensor, write_video
@@ -69,9 +70,30 @@ def test_training_options_come_from_yaml_and_flags(tmp_path: Path, monkeypatch: 
     flags = ["--frames", "5", "--loop.optimizer.betas", "[0.8, 0.99]", "--loop.schedule.kind", "constant"]
     assert main(["train", "--config", str(tmp_path / "train.yaml"), *flags]) == 0
     config = given[0]
-    assert (config.data, config.frames, config.loop.max_steps) == ("clips", 5, 7)
+    assert (config.data, config.clips.frames, config.loop.max_steps) == ("clips", 5, 7)
     assert (config.loop.optimizer.eps, config.loop.optimizer.betas) == (1e-5, (0.8, 0.99))
     assert config.loop.schedule.kind == "constant" and config.loop.batch_size == 1
+
+
+def test_settings_of_clips_are_read_as_they_once_were(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is under `clips` now was at the top; a file of both leaves open which of them counts."""
+    given: list[AutoencoderConfig] = []
+    monkeypatch.setattr(autoencoder, "train_autoencoder", lambda config: given.append(config) or Path("run"))
+    loop, file = "data: films\nloop: {output_dir: run, optimizer: {learning_rate: 1e-5}}\n", tmp_path / "train.yaml"
+    new = "clips:\n  frames: 9\n  width: 128\n  fps: 8\n  buckets:\n  - {frames: 5, height: 64, width: 64}\n"
+    old = "frames: 9\nwidth: 128\nfps: 8\nbuckets:\n- {frames: 5, height: 64, width: 64}\n"
+    for text, flags in ((new, ["--clips.frames", "5", "--clips.more_data=[{path: x}]"]), (old, ["--frames", "5"])):
+        file.write_text(loop + text)
+        flags += [] if text is new else ["--more_data=[{path: x}]"]
+        assert main(["train", "--config", str(file), *flags]) == 0
+        assert main(["train", f"--config={file}", *flags]) == 0
+    clips = ClipsConfig(5, 256, 128, [BucketConfig(5, height=64, width=64)], [SourceConfig("x")], 8.0)
+    assert [config.clips for config in given] == [clips] * 4 and given[0] == given[2]
+    file.write_text(loop + old + "clips: {stride: 2}\n")
+    assert main(["train", "--config", str(file)]) == 2
+    assert "beside clips; write all of them under clips" in capsys.readouterr().err
 
 
 def test_print_config_can_be_read_back(

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fsae.data.config import Sampling
 from fsae.data.datasets import VideoFolder, cover
 from fsae.data.video import write_video
 from fsae.errors import UserError
@@ -38,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_clips_are_consecutive_frames_of_the_right_size(folder: Path) -> None:
-    clips = VideoFolder(folder, frames=5, size=(16, 20))
+    clips = VideoFolder(folder, Sampling(5, size=(16, 20)))
     assert len(clips) == 2
     clip = clips[0]
     assert clip["video"].shape == (3, 5, 16, 20) and clip["caption"] == ""
@@ -48,21 +49,21 @@ def test_clips_are_consecutive_frames_of_the_right_size(folder: Path) -> None:
 
 
 def test_stride_takes_every_other_frame(folder: Path) -> None:
-    first, *rest = numbers(VideoFolder(folder, 5, (16, 16), stride=3)[0]["video"])
+    first, *rest = numbers(VideoFolder(folder, Sampling(5, stride=3, size=(16, 16)))[0]["video"])
     assert rest == [first + 3 * i for i in range(1, 5)] and 0 <= first <= 3
 
 
 def test_a_frame_rate_is_by_time(folder: Path) -> None:
-    first, *rest = numbers(VideoFolder(folder, 5, (16, 16), fps=4.0)[0]["video"])  # of 8 frames a second
+    first, *rest = numbers(VideoFolder(folder, Sampling(5, fps=4.0, size=(16, 16)))[0]["video"])  # of 8 frames a second
     assert rest == [first + 2 * i for i in range(1, 5)]
-    assert VideoFolder(folder, 5, (16, 16), fps=4.0).settings["fps"] == 4.0
+    assert VideoFolder(folder, Sampling(5, fps=4.0, size=(16, 16))).settings["fps"] == 4.0
     with pytest.raises(UserError, match="'none'"):
-        VideoFolder(folder, 5, (16, 16), reader="none")
+        VideoFolder(folder, Sampling(5, size=(16, 16), reader="none"))
 
 
 def test_a_clip_follows_from_seed_index_and_epoch(folder: Path) -> None:
     def starts(seed: int) -> list[int]:
-        clips = VideoFolder(folder, 3, (16, 16), seed=seed)
+        clips = VideoFolder(folder, Sampling(3, size=(16, 16)), seed=seed)
         return [numbers(clips.sample(index, epoch)["video"])[0] for index in range(2) for epoch in range(6)]
 
     assert starts(0) == starts(0)
@@ -75,7 +76,7 @@ def test_single_frames_come_from_images_and_videos(folder: Path) -> None:
     pixels = np.zeros((40, 80, 3), np.uint8)
     pixels[:, 40:] = 200
     Image.fromarray(pixels).save(folder / "a.png")
-    clips = VideoFolder(folder, 1, (16, 16))
+    clips = VideoFolder(folder, Sampling(1, size=(16, 16)))
     assert [path.name for path, _ in clips.entries] == ["a.png", "b.mp4", "a.mp4"]
     image = (clips[0]["video"] + 1) * 127.5
     assert image.shape == (3, 1, 16, 16)
@@ -88,7 +89,7 @@ def test_lists_give_captions_and_paths_relative_to_them(folder: Path) -> None:
     (folder / "list.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     (folder / "list.csv").write_text('path,caption\ndeep/a.mp4,"zoom in, slowly"\nb.mp4,\n')
     for name in ("list.jsonl", "list.csv"):
-        clips = VideoFolder(folder / name, 2, (16, 16))
+        clips = VideoFolder(folder / name, Sampling(2, size=(16, 16)))
         assert [clips[i]["caption"] for i in range(2)] == ["zoom in, slowly", ""]
         assert [path.name for path, _ in clips.entries] == ["a.mp4", "b.mp4"]
 
@@ -100,7 +101,7 @@ def test_unusable_files_are_replaced_named_and_counted(folder: Path) -> None:
     (folder / "e.jsonl").write_text(
         "".join(f'{{"path": "{n}"}}\n' for n in ("a_text.mp4", "c.png", "none.mp4", "b.mp4"))
     )
-    clips = VideoFolder(folder, 5, (16, 16))
+    clips = VideoFolder(folder, Sampling(5, size=(16, 16)))
     names = [path.name for path, _ in clips.entries]
     assert names == ["a_text.mp4", "b.mp4", "c.png", "d_short.mp4", "a.mp4"]
     with pytest.warns(UserWarning, match="skipped .*a_text.mp4"):
@@ -111,37 +112,37 @@ def test_unusable_files_are_replaced_named_and_counted(folder: Path) -> None:
         clips[2]
     assert [path.name for path in clips.skipped] == ["a_text.mp4", "c.png", "d_short.mp4"]
     with pytest.warns(UserWarning, match="none.mp4"):
-        VideoFolder(folder / "e.jsonl", 5, (16, 16))[2]
+        VideoFolder(folder / "e.jsonl", Sampling(5, size=(16, 16)))[2]
 
 
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_what_worker_processes_skip_is_known_in_the_end(folder: Path) -> None:
     (folder / "z.mp4").write_text("no video")
-    clips = VideoFolder(folder, 2, (16, 16))
+    clips = VideoFolder(folder, Sampling(2, size=(16, 16)))
     assert len(list(DataLoader(clips, num_workers=1))) == 3
     assert [path.name for path in clips.skipped] == ["z.mp4"]
 
 
 def test_unusable_sources_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a folder nor"):
-        VideoFolder(tmp_path / "none", 1, (16, 16))
+        VideoFolder(tmp_path / "none", Sampling(1, size=(16, 16)))
     with pytest.raises(UserError, match="holds no video or image"):
-        VideoFolder(tmp_path, 1, (16, 16))
+        VideoFolder(tmp_path, Sampling(1, size=(16, 16)))
     (tmp_path / "bad.jsonl").write_text('{"path": "a.mp4"}\n{"path":')
     with pytest.raises(UserError, match="line 2 is not JSON"):
-        VideoFolder(tmp_path / "bad.jsonl", 1, (16, 16))
+        VideoFolder(tmp_path / "bad.jsonl", Sampling(1, size=(16, 16)))
     (tmp_path / "list.jsonl").write_text("[1]\n")
     with pytest.raises(UserError, match="line 1 is not an object"):
-        VideoFolder(tmp_path / "list.jsonl", 1, (16, 16))
+        VideoFolder(tmp_path / "list.jsonl", Sampling(1, size=(16, 16)))
     (tmp_path / "list.csv").write_text("file\na.mp4\n")
     with pytest.raises(UserError, match="line 2: there is no path"):
-        VideoFolder(tmp_path / "list.csv", 1, (16, 16))
+        VideoFolder(tmp_path / "list.csv", Sampling(1, size=(16, 16)))
     (tmp_path / "a.png").write_text("no image")
-    clips = VideoFolder(tmp_path, 1, (16, 16))
+    clips = VideoFolder(tmp_path, Sampling(1, size=(16, 16)))
     with pytest.warns(UserWarning, match="skipped"), pytest.raises(UserError, match="none of the 1 files"):
         clips[0]
     with pytest.raises(UserError, match="must be 1 or more"):
-        VideoFolder(tmp_path, 0, (16, 16))
+        VideoFolder(tmp_path, Sampling(0, size=(16, 16)))
 
 
 @pytest.mark.parametrize("shape", [(10, 200), (200, 10), (7, 7), (64, 64)])

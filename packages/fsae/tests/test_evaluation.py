@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fsae.data.config import Sampling
 from fsae.data.datasets import VideoFolder
 from fsae.data.video import write_video
 from fsae.errors import UserError
@@ -104,7 +105,7 @@ def lpips_weights(folder: Path) -> tuple[str, str]:
 def test_every_figure_is_the_metrics(tmp_path: Path, model: FSAE, clips: Path, i3d: Path) -> None:
     settings = EvalSettings(str(clips), **SIZE, batch_size=2, seed=3, fvd=str(i3d), memory=10**9)
     report = evaluate(model, settings, tmp_path / "out")
-    data = VideoFolder(clips, 5, (16, 20), seed=3)
+    data = VideoFolder(clips, Sampling(5, size=(16, 20)), seed=3)
     videos = [data.sample(index, 0)["video"] for index in (0, 1, 3)]
     video = torch.stack(videos)
     with torch.no_grad():
@@ -171,7 +172,7 @@ def test_files_of_an_evaluation(tmp_path: Path, model: FSAE, clips: Path) -> Non
 def test_samples_are_drawn_by_the_seed(clips: Path) -> None:
     def chosen(seed: int) -> list[str]:
         settings = EvalSettings(str(clips), **SIZE, samples=2, seed=seed)
-        data = evaluation.HeldOutClips(settings.data, 5, (16, 20), seed=seed)
+        data = evaluation.HeldOutClips(settings.data, Sampling(5, size=(16, 20)), seed)
         return [Path(name).name for name, _ in data.usable(settings)]
 
     with pytest.warns(UserWarning, match="skipped"):
@@ -252,7 +253,7 @@ def test_bad_input_is_a_sentence_and_leaves_nothing(tmp_path: Path, model: FSAE,
             evaluate(model, EvalSettings(**settings), tmp_path / folder)
     with pytest.raises(UserError, match="batch_size is 0"):
         EvalSettings(**good, batch_size=0)
-    with pytest.raises(UserError, match="seed is -1; give 0 or more"):
+    with pytest.raises(UserError, match="seed is -1; it must be 0 or more"):
         EvalSettings(**good, seed=-1)
     assert sorted(tmp_path.rglob("*")) == before
     evaluate(model, EvalSettings(**good, samples=1), tmp_path / "empty")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from fsae.data.order import derived_generator
+from fsae.data.order import Cut, derived_generator
 from fsae.errors import UserError
 from fsae.storage.files import read_json
 from fsae.training.checkpointing import checkpoint_step, checkpoints, load_tensors
@@ -42,20 +42,20 @@ class Pictures(torch.utils.data.Dataset[Tensor]):
     def sample(self, index: int, epoch: int, width: int) -> Tensor:
         return torch.randn(3, 6, width, generator=derived_generator(index, epoch))
 
-    def order(self, seed: int, batch_size: int, accumulation: int, processes: int, rank: int) -> Order:
-        return Order(len(self), seed, batch_size, rank)
+    def order(self, cut: Cut) -> Order:
+        return Order(len(self), cut)
 
 
 class Order:
-    def __init__(self, length: int, seed: int, batch_size: int, rank: int) -> None:
-        self.length, self.seed, self.batch_size, self.rank = length, seed, batch_size, rank
+    def __init__(self, length: int, cut: Cut) -> None:
+        self.length, self.cut = length, cut
 
     def position(self, step: int) -> tuple[int, int]:
         return step // 10, step % 10
 
     def micro_batch(self, step: int, micro: int) -> list[tuple[int, int, int]]:
-        draw = np.random.default_rng((self.seed, step, micro, self.rank))
-        width, count = (6, 10)[draw.integers(2)], draw.integers(1, self.batch_size + 1)
+        draw = np.random.default_rng((self.cut.seed, step, micro, self.cut.rank))
+        width, count = (6, 10)[draw.integers(2)], draw.integers(1, self.cut.batch + 1)
         return [(int(draw.integers(self.length)), step // 10, width) for _ in range(count)]
 
 

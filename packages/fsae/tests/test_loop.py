@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fsae.data.order import DataOrder, derived_generator
+from fsae.data.order import Cut, DataOrder, derived_generator
 from fsae.errors import CheckpointError, UserError
 from fsae.training.checkpointing import check_settings, checkpoints
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
@@ -105,7 +105,7 @@ def test_equals_the_training_written_out_by_hand(tmp_path: Path) -> None:
     result = train(task, Points(), settings)
 
     net, data = network(), Points()
-    order = DataOrder(10, 0, 3, accumulation=2)
+    order = DataOrder(10, Cut(0, 3, accumulation=2))
     matrices, vectors = ([p for p in net.parameters() if (p.ndim > 1) == want] for want in (True, False))
     reference = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
@@ -268,7 +268,7 @@ def test_stops_on_what_is_not_finite(tmp_path: Path, poison: str) -> None:
     assert checkpoints(tmp_path)[-1].name == "checkpoint-00000004"
     assert all(torch.equal(stored[k], v) for k, v in task.net.state_dict().items())  # no update was made
     batch = load_file(tmp_path / "nonfinite-00000004-00000.safetensors")
-    order = DataOrder(10, 0, 3).micro_batch(4, 0)
+    order = DataOrder(10, Cut(0, 3)).micro_batch(4, 0)
     assert torch.equal(batch["micro0.x"], torch.stack([Points()[i]["x"] for i, _ in order]))
     report = json.loads((tmp_path / "nonfinite-00000004-00000.json").read_text())
     assert report["micro0.caption"] == [f"point {i}" for i, _ in order] and report["step"] == 4

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
-from fsae.data.order import DataOrder, derived_generator
+from fsae.data.order import Cut, DataOrder, derived_generator
 from fsae.errors import UserError
 from fsae.training import checkpointing
 from fsae.training.checkpointing import checkpoints, load_tensors
@@ -112,7 +112,7 @@ def test_equals_the_training_written_out_by_hand(tmp_path: Path) -> None:
     found = trained(tmp_path, task, schedule=schedule, max_grad_norm=0.5)
 
     net, critic = pair()
-    order, data = DataOrder(10, 0, 3, accumulation=2), Points()
+    order, data = DataOrder(10, Cut(0, 3, accumulation=2)), Points()
     own = [p for p in critic.parameters() if p.ndim > 1], [p for p in critic.parameters() if p.ndim == 1]
     optimizers = [
         torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), weight_decay=0.0),

@@ -5,34 +5,34 @@ from __future__ import annotations
 import pytest
 from torch.utils.data import DataLoader
 
-from fsae.data.order import DataOrder, EpochItems, MicroBatches, derived_generator, derived_seed, order_of
+from fsae.data.order import Cut, DataOrder, EpochItems, MicroBatches, derived_generator, derived_seed, order_of
 
 
 def stream(order: DataOrder, steps: int) -> list[tuple[int, int]]:
-    return [pair for s in range(steps) for m in range(order.accumulation) for pair in order.micro_batch(s, m)]
+    return [pair for s in range(steps) for m in range(order.cut.accumulation) for pair in order.micro_batch(s, m)]
 
 
 def test_each_epoch_is_a_permutation_of_its_own() -> None:
-    pairs = stream(DataOrder(length=7, seed=3, batch_size=2), 14)  # 28 samples: four epochs
+    pairs = stream(DataOrder(7, Cut(3, 2)), 14)  # 28 samples: four epochs
     epochs = [[i for i, e in pairs if e == epoch] for epoch in range(4)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert stream(DataOrder(length=7, seed=4, batch_size=2), 14) != pairs
+    assert stream(DataOrder(7, Cut(4, 2)), 14) != pairs
 
 
 def test_any_cut_into_micro_batches_and_processes_sees_the_same_samples_in_a_step() -> None:
-    whole = DataOrder(length=11, seed=0, batch_size=12)
+    whole = DataOrder(11, Cut(0, 12))
     for step in range(5):
         seen = []
         for rank in range(2):
-            order = DataOrder(length=11, seed=0, batch_size=2, accumulation=3, processes=2, rank=rank)
+            order = DataOrder(11, Cut(0, 2, accumulation=3, processes=2, rank=rank))
             seen += [pair for micro in range(3) for pair in order.micro_batch(step, micro)]
         assert sorted(seen) == sorted(whole.micro_batch(step, 0))
 
 
 def test_a_late_start_continues_the_same_stream() -> None:
     def order() -> DataOrder:
-        return DataOrder(length=5, seed=1, batch_size=3, accumulation=2)
+        return DataOrder(5, Cut(1, 3, accumulation=2))
 
     everything = list(MicroBatches(order(), 2, 0, 9))
     assert list(MicroBatches(order(), 2, 4, 9)) == everything[8:]
@@ -68,12 +68,12 @@ class Shelves:
     def sample(self, index: int, epoch: int, kind: str) -> str:
         return f"{kind}{index}.{epoch}"
 
-    def order(self, seed: int, batch_size: int, accumulation: int, processes: int, rank: int) -> ShelfOrder:
-        return ShelfOrder((seed, batch_size, accumulation, processes, rank))
+    def order(self, cut: Cut) -> ShelfOrder:
+        return ShelfOrder(cut)
 
 
 class ShelfOrder:
-    def __init__(self, cut: tuple[int, ...]) -> None:
+    def __init__(self, cut: Cut) -> None:
         self.cut = cut
 
     def position(self, step: int) -> tuple[int, int]:
@@ -85,9 +85,9 @@ class ShelfOrder:
 
 
 def test_a_dataset_may_bring_its_own_order() -> None:
-    order = order_of(Shelves(), 5, 2, 3, 4, 1)
-    assert isinstance(order, ShelfOrder) and order.cut == (5, 2, 3, 4, 1)
-    assert order_of([0] * 7, 5, 2, 3, 4, 1) == DataOrder(7, 5, 2, 3, 4, 1)
+    order = order_of(Shelves(), Cut(5, 2, 3, 4, 1))
+    assert isinstance(order, ShelfOrder) and order.cut == Cut(5, 2, 3, 4, 1)
+    assert order_of([0] * 7, Cut(5, 2, 3, 4, 1)) == DataOrder(7, Cut(5, 2, 3, 4, 1))
     loader = DataLoader(EpochItems(Shelves()), batch_sampler=MicroBatches(order, 3, 3, 5), collate_fn=list)
     a, b = [["a0", "a1"], ["b0", "b1", "b2"]]
     expected = [

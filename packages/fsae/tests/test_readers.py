@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from fsae.data import readers
+from fsae.data.config import Sampling
 from fsae.data.media import Media
 from fsae.data.readers import ShortVideo, draw_clip, frame_times, read_clip
 from fsae.data.video import VideoInfo, probe
@@ -105,12 +106,12 @@ def test_sought_clips_equal_brute_force(files: dict[tuple[str, str], Path], key:
     for start in starts:
         first = shown(times, start)
         count = min(5, COUNT - first)
-        clip, begins = read_clip(path, count, start)
+        clip, begins = read_clip(path, Sampling(count), start)
         assert np.array_equal(clip, frames[first : first + count]), (start, first)
         assert begins == [float(time) for time in times[first : first + count]]
     for start, fps in [(0.0, 3.0), (4.3, 3.0), (6.01, 20.0)]:
         wanted = [shown(times, start + k / fps) for k in range(6)]
-        clip, begins = read_clip(path, 6, start, fps=fps)
+        clip, begins = read_clip(path, Sampling(6, fps=fps), start)
         assert begins == [float(times[i]) for i in wanted]
         assert np.array_equal(clip, frames[wanted])
     assert frame_times(path) == [float(time) for time in times]
@@ -139,21 +140,21 @@ def test_seeks_read_only_what_they_need(files: dict[tuple[str, str], Path], monk
         return actual(media)
 
     monkeypatch.setattr(readers, "open_video", count)
-    read_clip(files["open", "mp4"], 3, 9.0)
+    read_clip(files["open", "mp4"], Sampling(3), 9.0)
     assert len(opened) == 1  # the seek sufficed
-    read_clip(files["one-key", "mp4"], 3, 9.0)
+    read_clip(files["one-key", "mp4"], Sampling(3), 9.0)
     assert len(opened) == 2
     monkeypatch.setattr(readers, "_sought", lambda *_: None)
     frames, _ = brute_force(files["open", "mp4"])
-    assert np.array_equal(read_clip(files["open", "mp4"], 3, 9.0)[0], frames[72:75])
+    assert np.array_equal(read_clip(files["open", "mp4"], Sampling(3), 9.0)[0], frames[72:75])
     assert len(opened) == 4  # no seek sufficed: read again from the beginning
 
 
 def test_stride_takes_every_other_frame(files: dict[tuple[str, str], Path]) -> None:
     frames, times = brute_force(files["open", "mp4"])
-    clip, _ = read_clip(files["open", "mp4"], 4, 3.0, stride=3)
+    clip, _ = read_clip(files["open", "mp4"], Sampling(4, stride=3), 3.0)
     assert np.array_equal(clip, frames[24:36:3])
-    clip, begins = read_clip(files["open", "mp4"], 4, 3.0, fps=4.0, stride=2)
+    clip, begins = read_clip(files["open", "mp4"], Sampling(4, fps=4.0, stride=2), 3.0)
     assert begins == [float(times[i]) for i in (24, 28, 32, 36)]
 
 
@@ -165,7 +166,7 @@ def test_variable_frame_rates_are_sampled_by_time(tmp_path: Path, suffix: str) -
     assert len({b - a for a, b in pairwise(times)}) > 3
     for start, fps in [(0.0, 10.0), (0.333, 24.0), (3.017, 5.0)]:
         wanted = [shown(times, start + k / fps) for k in range(16)]
-        clip, begins = read_clip(path, 16, start, fps=fps)
+        clip, begins = read_clip(path, Sampling(16, fps=fps), start)
         assert begins == [float(times[i]) for i in wanted]
         assert np.array_equal(clip, frames[wanted])
     by_index = [shown(times, 0) + k for k in range(16)]
@@ -176,7 +177,7 @@ def test_gifs_keep_their_delays(tmp_path: Path) -> None:
     levels = [0, 60, 120, 180, 240]
     images = [Image.new("L", (16, 16), level) for level in levels]
     images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=[100, 300, 100, 500, 100])
-    clip, _ = read_clip(tmp_path / "a.gif", 10, fps=10)
+    clip, _ = read_clip(tmp_path / "a.gif", Sampling(10, fps=10))
     assert clip[:, 0, 0, 0].tolist() == [0, 60, 60, 60, 120, 180, 180, 180, 180, 180]
 
 
@@ -184,20 +185,22 @@ def test_a_span_bounds_the_clip(files: dict[tuple[str, str], Path]) -> None:
     path = files["closed", "mp4"]
     span = Media(path, start=4.0, end=5.0)
     assert frame_times(span) == [i / RATE for i in range(32, 40)]
-    assert read_clip(span, 8)[1] == frame_times(span)
-    assert read_clip(span, 20, fps=20)[1][-1] == 39 / RATE
+    assert read_clip(span, Sampling(8))[1] == frame_times(span)
+    assert read_clip(span, Sampling(20, fps=20))[1][-1] == 39 / RATE
     with pytest.raises(ShortVideo, match="has 8 frames from 4 s on, 9 are wanted"):
-        read_clip(span, 9)
+        read_clip(span, Sampling(9))
     with pytest.raises(ShortVideo, match="has 20 frames"):
-        read_clip(span, 21, fps=20)
+        read_clip(span, Sampling(21, fps=20))
     info = probe(path)
     for draw in (0.0, 0.5, 0.99):
         first = 32 + int(draw * 4)
-        assert np.array_equal(draw_clip(span, info, draw, 5)[0], read_clip(path, 5, first / RATE)[0])
+        assert np.array_equal(
+            draw_clip(span, info, draw, Sampling(5))[0], read_clip(path, Sampling(5), first / RATE)[0]
+        )
     with pytest.raises(ShortVideo, match="it has 8 frames, 9 are wanted"):
-        draw_clip(span, info, 0.0, 9)
+        draw_clip(span, info, 0.0, Sampling(9))
     with pytest.raises(ShortVideo, match="it has 1 s, 2 s are wanted"):
-        draw_clip(span, info, 0.0, 8, fps=4)
+        draw_clip(span, info, 0.0, Sampling(8, fps=4))
 
 
 @pytest.mark.parametrize("fps", [None, 4.0])
@@ -205,7 +208,7 @@ def test_draws_reach_the_whole_file_and_no_further(files: dict[tuple[str, str], 
     path = files["closed", "mp4"]
     frames, _ = brute_force(path)
     info = probe(path)
-    (first, _), (last, _) = (draw_clip(Media(path), info, draw, 5, fps) for draw in (0.0, 1 - 1e-9))
+    (first, _), (last, _) = (draw_clip(Media(path), info, draw, Sampling(5, fps)) for draw in (0.0, 1 - 1e-9))
     assert np.array_equal(first[0], frames[0])
     assert np.array_equal(last[-1], frames[-1] if fps is None else frames[-2])
 
@@ -214,24 +217,24 @@ def test_a_header_that_promises_too_much_is_not_believed(files: dict[tuple[str, 
     path = files["open", "mkv"]
     frames, _ = brute_force(path)
     lie = VideoInfo(400, 32, 48, float(RATE))
-    assert np.array_equal(draw_clip(Media(path), lie, 0.999, 5)[0], frames[-5:])
-    assert np.array_equal(draw_clip(Media(path), lie, 0.999, 5, fps=8)[0][0], frames[-6])
+    assert np.array_equal(draw_clip(Media(path), lie, 0.999, Sampling(5))[0], frames[-5:])
+    assert np.array_equal(draw_clip(Media(path), lie, 0.999, Sampling(5, fps=8))[0][0], frames[-6])
     with pytest.raises(ShortVideo, match="it has 90 frames, 91 are wanted"):
-        draw_clip(Media(path), lie, 0.0, 91)
+        draw_clip(Media(path), lie, 0.0, Sampling(91))
 
 
 @pytest.mark.parametrize("start", [11.3, 40.0])
 def test_beyond_the_end_there_is_nothing(files: dict[tuple[str, str], Path], start: float) -> None:
     for key in (("open", "mp4"), ("open", "avi")):
         with pytest.raises(ShortVideo, match="has 0 frames"):
-            read_clip(files[key], 1, start)
+            read_clip(files[key], Sampling(1), start)
         with pytest.raises(ShortVideo, match="has 0 frames"):
-            read_clip(files[key], 1, start, fps=3)
+            read_clip(files[key], Sampling(1, fps=3), start)
 
 
 def test_sizes_are_covered_and_cropped(files: dict[tuple[str, str], Path]) -> None:
-    clip, _ = read_clip(files["open", "mp4"], 2, 5.0, size=(16, 16))
-    whole, _ = read_clip(files["open", "mp4"], 2, 5.0)
+    clip, _ = read_clip(files["open", "mp4"], Sampling(2, size=(16, 16)), 5.0)
+    whole, _ = read_clip(files["open", "mp4"], Sampling(2), 5.0)
     assert clip.shape == (2, 16, 16, 3)
     errors = [
         np.abs(clip - whole[:, :, left : left + 32].reshape(2, 16, 2, 16, 2, 3).mean((2, 4))).mean()
@@ -240,12 +243,12 @@ def test_sizes_are_covered_and_cropped(files: dict[tuple[str, str], Path]) -> No
     assert int(np.argmin(errors)) == 4 and errors[4] < 10
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"frames": 0}, {"frames": 1, "start": -1.0}, {"frames": 1, "stride": 0}, {"frames": 1, "fps": 0.0}]
-)
-def test_impossible_clips_are_refused(files: dict[tuple[str, str], Path], arguments: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="must be positive"):
-        read_clip(files["open", "mp4"], **arguments)
+@pytest.mark.parametrize("changes", [{"frames": 0}, {"stride": 0}, {"fps": 0.0}, {"size": (0, 64)}])
+def test_impossible_clips_are_refused(files: dict[tuple[str, str], Path], changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(changes))} is .*; it must be .*(1 or more|above 0)"):
+        Sampling(**{"frames": 1, **changes})
+    with pytest.raises(UserError, match="start is -1.0; it must be 0 or more"):
+        read_clip(files["open", "mp4"], Sampling(1), -1.0)
 
 
 # --- decord
@@ -255,10 +258,10 @@ def test_an_unknown_or_missing_reader_is_named(
     files: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="no reader 'opencv'; use pyav or decord"):
-        read_clip(files["open", "mp4"], 1, reader="opencv")
+        read_clip(files["open", "mp4"], Sampling(1, reader="opencv"))
     monkeypatch.setitem(sys.modules, "decord", None)
     with pytest.raises(UserError, match=r"decord is not installed; pip install 'fsae\[decord\]'"):
-        read_clip(files["open", "mp4"], 1, reader="decord")
+        read_clip(files["open", "mp4"], Sampling(1, reader="decord"))
 
 
 class _Array:
@@ -319,23 +322,24 @@ def test_decord_gives_what_pyav_gives(
 ) -> None:
     path = files[key]
     for start, fps in [(0.0, None), (5.06, 3.0), (11.0, None)]:
-        ours, begins = read_clip(path, 2 if start > 10 else 5, start, fps=fps)
-        theirs, times = read_clip(path, len(ours), start, fps=fps, reader="decord")
+        ours, begins = read_clip(path, Sampling(2 if start > 10 else 5, fps=fps), start)
+        theirs, times = read_clip(path, Sampling(len(ours), fps=fps, reader="decord"), start)
         assert np.array_equal(ours, theirs)
         assert times == pytest.approx(begins, abs=1e-5)
     for start in (11.3, 40.0):
         with pytest.raises(ShortVideo):
-            read_clip(path, 1, start, reader="decord")
+            read_clip(path, Sampling(1, reader="decord"), start)
 
 
 def test_decord_says_what_it_cannot_read(
     files: dict[tuple[str, str], Path], decord: type[_VideoReader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="decord gives wrong frames of MPEG-TS"):
-        read_clip(files["open", "ts"], 1, reader="decord")
+        read_clip(files["open", "ts"], Sampling(1, reader="decord"))
     monkeypatch.setattr(decord, "damaged_at", 30)
     path = files["open", "mp4"]
     assert len(frame_times(path, "decord")) == 30
     assert np.array_equal(
-        draw_clip(Media(path), probe(path), 0.999, 5, reader="decord")[0], read_clip(path, 5, 25 / RATE)[0]
+        draw_clip(Media(path), probe(path), 0.999, Sampling(5, reader="decord"))[0],
+        read_clip(path, Sampling(5), 25 / RATE)[0],
     )

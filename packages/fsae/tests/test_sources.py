@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fsae.data.config import Sampling
 from fsae.data.image import image_size, load_image
 from fsae.data.media import Media
 from fsae.data.readers import read_clip
@@ -77,7 +78,7 @@ def test_tar_samples_give_the_bytes_that_went_in(tmp_path: Path) -> None:
     assert probe(member) == probe(tmp_path / "a.mp4")
     assert np.array_equal(load_image(image), load_image(tmp_path / "a.png"))
     assert image_size(image) == (10, 20) and image.is_image and not member.is_image
-    pixels, times = read_clip(entries[1].media, 1)
+    pixels, times = read_clip(entries[1].media, Sampling(1))
     assert times == [0.0] and np.array_equal(pixels[0], read_video(member)[0][0].numpy())
 
 

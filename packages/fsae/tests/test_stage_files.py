@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fsae.cli import main
 from fsae.data.buckets import BucketedClips
-from fsae.data.config import BucketConfig, SourceConfig
+from fsae.data.config import BucketConfig, ClipsConfig, SourceConfig
 from fsae.data.datasets import VideoFolder
 from fsae.data.video import write_video
 from fsae.errors import CheckpointError, UserError
@@ -65,8 +65,15 @@ def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def configuration(folder: Path, **changes: Any) -> AutoencoderConfig:
-    settings = {"frames": 5, "height": 64, "width": 64, "model": "tiny", "statistics_batches": 1, **changes}
-    return AutoencoderConfig("clips", one_step(folder), **settings)
+    clips = ClipsConfig(
+        **{
+            "frames": 5,
+            "height": 64,
+            "width": 64,
+            **{k: changes.pop(k) for k in list(changes) if k in vars(ClipsConfig())},
+        }
+    )
+    return AutoencoderConfig("clips", one_step(folder), clips, **{"model": "tiny", "statistics_batches": 1, **changes})
 
 
 def test_presets_take_options_and_saved_models_conversions(
@@ -153,7 +160,7 @@ def test_a_configuration_becomes_a_task(tmp_path: Path, tiny_preset: None, lpips
     ("changes", "sentence"),
     [
         ({"convert": "lit"}, "convert is 'lit'"),
-        ({"fps": 24.0}, "belong to buckets"),
+        ({"fps": 0.0}, "clips.fps is 0.0; it must be a number above 0, or null"),
         ({"alignment": AlignmentConfig("lpips")}, "no perceptual_weights"),
         ({"alignment": AlignmentConfig("x"), "freeze_encoder": True}, "which is frozen"),
         ({"distillation": DistillationConfig("x")}, "set freeze_encoder to true"),
@@ -228,13 +235,13 @@ def test_buckets_reach_the_loop(tmp_path: Path, tiny_preset: None, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         train_autoencoder(config)
     task, clips, _ = seen
-    assert isinstance(clips, BucketedClips) and clips.config == config.clips
+    assert isinstance(clips, BucketedClips) and clips.config == config.clips.mixture(str(data))
     assert (clips.config.fps, clips.config.stride, clips.config.reader) == (8.0, 2, "pyav")
     assert [(source.path, source.weight) for source in clips.config.sources] == [(str(data), 1.0), (str(more), 4.0)]
     assert task.validation.shape == (1, 3, 5, 64, 64)  # of data, at the configuration's own size
     seen.clear()
     with pytest.raises(KeyboardInterrupt):
-        train_autoencoder(replace(config, buckets=[], more_data=[], fps=None))
+        train_autoencoder(replace(config, clips=replace(config.clips, buckets=[], more_data=[], fps=None)))
     assert isinstance(seen[1], VideoFolder)
 
 
@@ -274,8 +281,8 @@ def test_flags_change_what_the_file_says(monkeypatch: pytest.MonkeyPatch) -> Non
     flags += ["--model_options", "{noise: 0.1}", "--fps", "null"]
     config = parsed(["--config", str(CONFIGS / "stage3.yaml"), *flags], monkeypatch)
     assert (config.adversarial.start, config.adversarial.weight) == (7, 0.1)
-    assert config.patch == PatchConfig(50, 495616) and config.buckets == [BucketConfig(5, 4096)]
-    assert config.model_options == {"noise": 0.1} and config.fps is None
+    assert config.patch == PatchConfig(50, 495616) and config.clips.buckets == [BucketConfig(5, 4096)]
+    assert config.model_options == {"noise": 0.1} and config.clips.fps is None
 
 
 def test_the_nano_files_run_one_after_the_other(
@@ -289,9 +296,10 @@ def test_the_nano_files_run_one_after_the_other(
     kinds = []
     for stage in ("stage1", "stage2", "stage3", "vf", "standard", "lite"):
         settings = yaml.safe_load((CONFIGS / "nano" / f"{stage}.yaml").read_text())
-        settings |= {"frames": 5, "height": 64, "width": 64, "statistics_batches": 1}
+        settings["clips"] |= {"frames": 5, "height": 64, "width": 64}
+        settings["statistics_batches"] = 1
         settings["loop"] |= {"max_steps": 2, "tensorboard": False, "validate_every": 2}
-        for bucket in settings.get("buckets", []):
+        for bucket in settings["clips"].get("buckets", []):
             large = bucket["height"] > 128
             bucket |= {
                 "frames": min(bucket["frames"], 5),

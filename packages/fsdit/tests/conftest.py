@@ -12,6 +12,7 @@ from skimage import data
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from fsae import FSAE
+from fsae.data.config import ClipsConfig, Sampling
 from fsae.data.datasets import VideoFolder
 from fsae.data.image import cover
 from fsae.data.video import write_video
@@ -57,7 +58,9 @@ def parts(films: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         attention_head_dim=8,
         injection_head_dim=8,
     ).eval()
-    mean, std = measure_latent_statistics(autoencoder, VideoFolder(films / "clips.jsonl", 5, (64, 64)), 12)
+    mean, std = measure_latent_statistics(
+        autoencoder, VideoFolder(films / "clips.jsonl", Sampling(5, size=(64, 64))), 12
+    )
     autoencoder.register_to_config(latents_mean=mean, latents_std=std)
     autoencoder.save_pretrained(folder / "autoencoder")
     text = UMT5Config(
@@ -89,6 +92,6 @@ def cache(films: Path, parts: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The films, encoded by the parts."""
     folder = tmp_path_factory.mktemp("cache") / "cache"
     made_by = {"autoencoder": str(parts / "autoencoder"), "encoders": str(parts / "encoders"), "text_len": 32}
-    clips = {"data": str(films / "clips.jsonl"), "frames": 5, "height": 64, "width": 64}
-    make_cache(CacheConfig(output=str(folder), latents="fp32", device="cpu", **clips, **made_by))
+    source = {"data": str(films / "clips.jsonl"), "clips": ClipsConfig(5, 64, 64)}
+    make_cache(CacheConfig(output=str(folder), latents="fp32", device="cpu", **source, **made_by))
     return folder

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,9 +24,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5Enco
 
 from fsae import FSAE
 from fsae.data.buckets import BucketedClips
-from fsae.data.config import BucketConfig, SourceConfig
+from fsae.data.config import BucketConfig, ClipsConfig, SourceConfig
 from fsae.data.media import Media
-from fsae.data.order import EpochItems, MicroBatches, order_of
+from fsae.data.order import Cut, EpochItems, MicroBatches, order_of
 from fsae.data.sources import Entry
 from fsae.data.video import read_video, to_video_tensor, write_video
 from fsae.errors import UserError
@@ -88,16 +88,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+BUCKETS = [
+    BucketConfig(frames=5, height=64, width=128, weight=2),
+    BucketConfig(frames=1, height=64, width=64, batch_size=3),
+]
+
+
 def settings(world: Path, output: Path, **changes: Any) -> CacheConfig:
     values: dict[str, Any] = {
         "data": str(world / "list.jsonl"),
         "output": str(output),
         "autoencoder": str(world / "autoencoder"),
         "encoders": str(world / "encoders"),
-        "buckets": [
-            BucketConfig(frames=5, height=64, width=128, weight=2),
-            BucketConfig(frames=1, height=64, width=64, batch_size=3),
-        ],
+        "clips": ClipsConfig(
+            **{"buckets": BUCKETS, **{k: changes.pop(k) for k in list(changes) if k in vars(ClipsConfig())}}
+        ),
         "text_len": TEXT_LEN,
         "latents": "fp32",
         "shard_size": 5,
@@ -157,7 +162,7 @@ def test_holds_what_encoding_on_the_fly_gives(world: Path, whole: Path) -> None:
 
 def test_half_precision_is_that_of_the_latents_alone(world: Path, whole: Path, tmp_path: Path) -> None:
     one = settings(world, tmp_path / "half", data=str(world / "picture.jsonl"), latents="fp16")
-    cache.make_cache(replace(one, buckets=one.buckets[1:], prompts=str(whole / "prompts")))
+    cache.make_cache(replace(one, clips=ClipsConfig(buckets=BUCKETS[1:]), prompts=str(whole / "prompts")))
     half, full = CachedLatents(tmp_path / "half"), CachedLatents(whole)
     a, b = half[0], full[17]
     assert a["latents"].dtype == torch.float32
@@ -234,8 +239,9 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_interrupted_by_the_keyboard_and_continued(world: Path, whole: Path, tmp_path: Path) -> None:
-    config = replace(settings(world, tmp_path / "cache"), buckets=[], height=64, width=64, frames=5)
-    flags = [f"--{k}={v}" for k, v in asdict(config).items() if k not in ("buckets", "more_data") and v is not None]
+    config = settings(world, tmp_path / "cache", buckets=[], height=64, width=64, frames=5)
+    flags = [f"--{k}={v}" for k, v in vars(config).items() if k != "clips" and v is not None]
+    flags += ["--clips.height=64", "--clips.width=64", "--clips.frames=5"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", WAITING, "cache", *flags], **pipes) as process:
         assert process.stdout is not None and process.stdout.readline() == "waiting\n"
@@ -312,15 +318,15 @@ def test_unreadable_files_are_left_out_and_counted(world: Path, whole: Path, tmp
     (media / "1.mp4").write_bytes(damaged[: len(damaged) // 3])  # the header promises more
     (media / "none.mp4").write_bytes(b"no video")
     config = settings(world, tmp_path / "cache", data=str(media), buckets=[BucketConfig(9, height=64, width=64)])
-    flags = [f"--{k}={v}" for k, v in asdict(config).items() if k not in ("buckets", "more_data") and v is not None]
-    (tmp_path / "config.yaml").write_text("buckets: [{frames: 9, height: 64, width: 64}]\n")
+    flags = [f"--{k}={v}" for k, v in vars(config).items() if k != "clips" and v is not None]
+    (tmp_path / "config.yaml").write_text("clips: {buckets: [{frames: 9, height: 64, width: 64}]}\n")
     assert main(["cache", "--config", str(tmp_path / "config.yaml"), *flags]) == 0
     told = capsys.readouterr()
     assert "none.mp4" in told.err and "1 file(s) skipped" in told.err and "1.mp4" in told.err.split("skipped")[-1]
     assert f"saved {tmp_path / 'cache'}: 4 samples, 2 shards made, 0 there before" in told.out
     data = CachedLatents(tmp_path / "cache")
     assert len(data) == 4 and {Path(s.path).name for s in data.samples} == {"0.mp4", "2.mp4"}
-    order = data.order(0, 4, 1, 1, 0)
+    order = data.order(Cut(0, 4, 1, 1, 0))
     assert sorted(order.micro_batch(0, 0)) == [(i, 0) for i in range(4)]
 
 
@@ -397,15 +403,17 @@ def test_another_autoencoder_or_encoder_is_refused(world: Path, whole: Path, tmp
 
 
 def test_several_caches_are_one(world: Path, whole: Path, tmp_path: Path) -> None:
-    one = settings(world, tmp_path / "one", data=str(world / "picture.jsonl"), frames=1, height=64, width=64)
-    one = replace(one, buckets=[], prompts=str(whole / "prompts"))
+    one = settings(
+        world, tmp_path / "one", data=str(world / "picture.jsonl"), frames=1, height=64, width=64, buckets=[]
+    )
+    one = replace(one, prompts=str(whole / "prompts"))
     cache.make_cache(one)
     data = CachedLatents([whole, tmp_path / "one"])
     assert len(data) == 18 + 2
     assert data[19]["caption"] == CAPTIONS[1] and torch.equal(data[0]["latents"], CachedLatents(whole)[0]["latents"])
     shares = [bucket.share for bucket in data.buckets]
     assert shares == pytest.approx([18 * 2 / 3, 18 / 3, 2])
-    order = data.order(0, 1, 1, 1, 0)
+    order = data.order(Cut(0, 1, 1, 1, 0))
     seen = {order.micro_batch(step, 0)[0][0] for step in range(300)}
     assert seen == set(range(20))
 
@@ -478,7 +486,7 @@ def test_latents_that_half_precision_cannot_hold_are_refused(world: Path, whole:
     one = settings(
         world, tmp_path / "one", data=str(world / "picture.jsonl"), autoencoder=str(tmp_path / "autoencoder")
     )
-    one = replace(one, buckets=one.buckets[1:], prompts=str(whole / "prompts"), latents="fp16")
+    one = replace(one, clips=ClipsConfig(buckets=BUCKETS[1:]), prompts=str(whole / "prompts"), latents="fp16")
     with pytest.raises(UserError, match="the latents of .*picture.png are not finite numbers in fp16; keep them"):
         cache.make_cache(one)
 
@@ -489,10 +497,10 @@ def test_bad_settings_are_refused(world: Path, tmp_path: Path) -> None:
         ({"rank": 2, "ranks": 2}, "rank is 2; it must be 0 to 1"),
         ({"shard_size": 0}, "shard_size is 0"),
         ({"data": ""}, "^data is ''"),
-        ({"stride": 0}, "^stride is 0"),
-        ({"fps": 0.0}, "^fps is 0.0"),
-        ({"buckets": [], "frames": 6}, "^frames is 6; it must be 1 \\+ 4k"),
-        ({"buckets": [], "width": 100}, "^width is 100; it must be a multiple of 64"),
+        ({"stride": 0}, "^clips.stride is 0"),
+        ({"fps": 0.0}, "^clips.fps is 0.0"),
+        ({"buckets": [], "frames": 6}, "^clips.frames is 6; it must be 1 \\+ 4k"),
+        ({"buckets": [], "width": 100}, "^clips.width is 100; it must be a multiple of 64"),
     ):
         with pytest.raises(UserError, match=message):
             settings(world, tmp_path / "c", **bad)
@@ -531,9 +539,9 @@ def test_a_folder_of_other_things_is_refused(world: Path, tmp_path: Path, monkey
 
 def test_order_is_a_function_of_the_step_and_of_one_shape(whole: Path) -> None:
     data = CachedLatents(whole)
-    order = order_of(data, 3, 2, 2, 2, 1)
+    order = order_of(data, Cut(3, 2, 2, 2, 1))
     batches = [order.micro_batch(step, micro) for step in range(60) for micro in range(2)]
-    again = order_of(CachedLatents(whole), 3, 2, 2, 2, 1)
+    again = order_of(CachedLatents(whole), Cut(3, 2, 2, 2, 1))
     for step in reversed(range(60)):
         assert [again.micro_batch(step, micro) for micro in range(2)] == batches[2 * step : 2 * step + 2]
     shapes = [{data.shapes[index] for index, _ in batch} for batch in batches]
@@ -541,14 +549,14 @@ def test_order_is_a_function_of_the_step_and_of_one_shape(whole: Path) -> None:
     wide = sum((4, 2, 1, 2) in shape for shape in shapes)
     assert 60 < wide < 100  # two of three
     assert {len(b) for b, shape in zip(batches, shapes, strict=True) if (4, 1, 1, 1) in shape} == {3}
-    other = order_of(data, 3, 2, 2, 2, 0)
+    other = order_of(data, Cut(3, 2, 2, 2, 0))
     for number, batch in enumerate(batches):
         assert not set(batch) & set(other.micro_batch(*divmod(number, 2)))
 
 
 def test_batches_by_loader_processes(whole: Path) -> None:
     data = CachedLatents(whole)
-    order = order_of(data, 0, 2, 1, 1, 0)
+    order = order_of(data, Cut(0, 2, 1, 1, 0))
     data[0]  # a shard is open when the workers start
     loader: DataLoader[Any] = DataLoader(
         EpochItems(data), batch_sampler=MicroBatches(order, 1, 0, 4), collate_fn=data.collate, num_workers=1
@@ -567,7 +575,7 @@ def test_batches_by_loader_processes(whole: Path) -> None:
 
 def test_items_of_the_clips_are_those_of_the_list(world: Path) -> None:
     """`list_places` counts along with the clips' own items."""
-    config = settings(world, world, more_data=[SourceConfig(str(world / "picture.jsonl"), weight=2.0)]).clips
+    config = settings(world, world, more_data=[SourceConfig(str(world / "picture.jsonl"), weight=2.0)]).mixture
     clips = BucketedClips(config)
     places = cache.list_places(clips, 2)
     assert [place.number for place in places] == list(range(len(places))) and len(places) == 2 * len(clips)

@@ -59,7 +59,7 @@ def test_each_stage_goes_on_from_the_one_before(folder: Path, monkeypatch: pytes
 def test_the_full_stages_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
     configs = stages(CONFIGS, monkeypatch)
     assert configs[0].model == "14b" in PRESETS
-    sizes = [(config.frames, config.height, config.width) for config in configs]
+    sizes = [config.clips.shapes[0] for config in configs]
     assert [frames for frames, _, _ in sizes] == [1, 121, 121, 121]
     for (_, height, width), side in zip(sizes, (256, 256, 512, 512), strict=True):
         assert 0.9 < height * width / side**2 < 1.1
@@ -82,9 +82,9 @@ def test_a_file_that_reads_a_cache_says_how_it_is_made(monkeypatch: pytest.Monke
             assert main(shlex.split(command)[1:]) == 0
             cache = made[-1]
             assert [cache.output] == config.cache and cache.autoencoder == config.autoencoder
-            (bucket,) = cache.clips.buckets
-            assert bucket.frames == config.frames and (config.height, config.width) in bucket.sizes()
-            assert config.frames == 1 or cache.fps == config.validation_fps
+            (bucket,), clips = cache.mixture.buckets, config.clips
+            assert bucket.frames == clips.frames and (clips.height, clips.width) in bucket.sizes()
+            assert clips.frames == 1 or cache.clips.fps == config.validation_fps
             assert cache.text_len == PRESETS["nano" if file.parent.name == "nano" else "14b"]["text_len"]
     assert len(made) == 5
 
@@ -99,8 +99,7 @@ def test_flags_change_what_the_file_says(monkeypatch: pytest.MonkeyPatch) -> Non
     flags += ["--huber_elements", "true"]
     config = parsed(["--config", str(CONFIGS / "sft.yaml"), *flags], monkeypatch)
     assert config.flow.shift == 7 and config.huber_elements and config.model_options == {"num_layers": 3}
-    mixture = config.clips
-    assert mixture is not None
+    mixture = config.clips.mixture(config.data)
     assert [(s.path, s.weight) for s in mixture.sources] == [("a", 1.0), ("b", 2.0)]
     assert (mixture.fps, mixture.reader, mixture.buckets[0].area) == (12.0, "decord", 4096)
 
@@ -115,10 +114,12 @@ def test_the_nano_files_run_one_after_the_other(
         (tmp_path / name.name).symlink_to(name)
     for stage in STAGES:
         settings: dict[str, Any] = yaml.safe_load((CONFIGS / "nano" / f"{stage}.yaml").read_text())
-        settings |= {"frames": min(5, settings["frames"]), "height": 64, "width": 64, "validation_samples": 1}
-        settings |= {"validation_steps": 1, "fps": 24} if "fps" in settings else {"validation_steps": 1}
+        clips, settings = settings["clips"], settings | {"validation_samples": 1, "validation_steps": 1}
+        clips |= {"frames": min(5, clips["frames"]), "height": 64, "width": 64} | (
+            {"fps": 24} if "fps" in clips else {}
+        )
         settings["loop"] |= {"max_steps": 2, "batch_size": 2, "tensorboard": False, "validate_every": 2}
-        for bucket in settings.get("buckets", []):
+        for bucket in clips.get("buckets", []):
             bucket |= {"frames": 5, "area": 4096}
         Path(f"{stage}.yaml").write_text(yaml.safe_dump(settings))
         if stage == "sft":

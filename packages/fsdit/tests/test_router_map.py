@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from fsae import FSAE
+from fsae.data.config import Sampling
 from fsae.errors import UserError
 from fsdit import FSDiT
 from fsdit.cli import main
@@ -259,7 +260,7 @@ def test_options_of_files_reach_their_reader(parts: Path, tmp_path: Path, monkey
     changes = ["--frames", "5", "--height", "192", "--width", "256", "--stride", "3", "--seed", "7"]
     arguments = ["--model", str(parts / "transformer"), *encoded(parts), "--output", str(tmp_path / "a.png"), *changes]
     assert main(["router-map", *arguments]) == 2
-    assert seen == [(str(parts / "list.jsonl"), 5, (192, 256), 3, 7)]
+    assert seen == [(str(parts / "list.jsonl"), Sampling(5, stride=3, size=(192, 256)), 7)]
 
 
 def test_what_does_not_fit_is_one_sentence(parts: Path, tmp_path: Path, capsys: Any) -> None:
@@ -274,7 +275,7 @@ def test_what_does_not_fit_is_one_sentence(parts: Path, tmp_path: Path, capsys: 
         ([*good, *encoded(parts), "--output", str(tmp_path / "a.jpg")], "ends in .png"),
         ([*good, *encoded(parts), "--output", str(tmp_path / "no" / "a.png")], "there is no folder"),
         ([*good, *encoded(parts), "--model", str(parts / "plain")], "no router to look at"),
-        ([*good, *encoded(parts), "--frames", "2"], "cannot be encoded"),
+        ([*good, *encoded(parts), "--frames", "2"], "frames is 2; it must be 1 + 4k"),
         ([*good, "--cache", str(tmp_path)], "cache"),
     ):
         assert main(["router-map", *arguments]) == 2, arguments

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from fsae import FSAE
+from fsae.data.config import ClipsConfig
 from fsae.errors import UserError
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
@@ -411,9 +412,7 @@ def test_from_videos_to_a_saved_model(tmp_path) -> None:
         base,
         autoencoder=str(tmp_path / "fsae"),
         model=str(tmp_path / "dit"),
-        frames=5,
-        height=64,
-        width=128,
+        clips=ClipsConfig(5, 64, 128),
         loop=replace(base.loop, batch_size=2, validate_every=1, ema_decay=0.9),
     )
     folders = train_transformer(settings, dataset=videos)

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fsae.data.config import ClipsConfig
 from fsae.training.checkpointing import checkpoints, load_tensors
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsdit.training import run as training
@@ -31,14 +32,13 @@ STEPS, KILLED_AT = 5, 3
 
 def configuration(films: Path, parts: Path, cache: Path | None, loop: LoopConfig, **changes: Any) -> TransformerConfig:
     """From a cache, or of single frames from files, which are other ones in each epoch."""
-    source: dict[str, Any] = {"data": str(films / "clips.jsonl"), "encoders": str(parts / "encoders"), "frames": 1}
+    source: dict[str, Any] = {"data": str(films / "clips.jsonl"), "encoders": str(parts / "encoders")}
     if cache is not None:
-        source = {"cache": [str(cache)], "frames": 5}
+        source = {"cache": [str(cache)]}
     return TransformerConfig(
         autoencoder=str(parts / "autoencoder"),
         model=str(parts / "transformer"),
-        height=64,
-        width=64,
+        clips=ClipsConfig(1 if cache is None else 5, 64, 64),
         validation_steps=2,
         validation_samples=2,
         loop=loop,

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from fsae import FSAE
 from fsae.data.buckets import BucketedClips
-from fsae.data.config import BucketConfig, SourceConfig
+from fsae.data.config import BucketConfig, ClipsConfig, Sampling, SourceConfig
 from fsae.data.datasets import VideoFolder
 from fsae.data.video import write_video
 from fsae.errors import UserError
@@ -53,9 +53,14 @@ def configuration(films: Path, parts: Path, output: Path, **changes: Any) -> Tra
     settings = {
         "autoencoder": str(parts / "autoencoder"),
         "model": str(parts / "transformer"),
-        "frames": 5,
-        "height": 64,
-        "width": 64,
+        "clips": ClipsConfig(
+            **{
+                "frames": 5,
+                "height": 64,
+                "width": 64,
+                **{k: changes.pop(k) for k in list(changes) if k in vars(ClipsConfig())},
+            }
+        ),
         "validation_steps": 2,
         "validation_samples": 2,
     }
@@ -63,7 +68,15 @@ def configuration(films: Path, parts: Path, output: Path, **changes: Any) -> Tra
 
 
 def cached(films: Path, parts: Path, output: Path, **changes: Any) -> Path:
-    settings = {"frames": 5, "height": 64, "width": 64, "text_len": 32, "latents": "fp32", "device": "cpu", **changes}
+    clips = ClipsConfig(
+        **{
+            "frames": 5,
+            "height": 64,
+            "width": 64,
+            **{k: changes.pop(k) for k in list(changes) if k in vars(ClipsConfig())},
+        }
+    )
+    settings = {"clips": clips, "text_len": 32, "latents": "fp32", "device": "cpu", **changes}
     data = {"data": str(films / "clips.jsonl"), "autoencoder": str(parts / "autoencoder")}
     make_cache(CacheConfig(output=str(output), encoders=str(parts / "encoders"), **{**data, **settings}))
     return output
@@ -90,7 +103,7 @@ def test_a_cache_trains_as_the_files_do(films: Path, parts: Path, cache: Path, t
     data = CachedLatents(cache)
     indices = [0, 5, 10, 15, 20, 23]
     kept = data.collate([data[i] for i in indices])
-    clips = BucketedClips(CacheConfig(str(films / "clips.jsonl"), "o", "a", "e", frames=5, height=64, width=64).clips)
+    clips = BucketedClips(ClipsConfig(5, 64, 64).mixture(str(films / "clips.jsonl")))
     fresh = torch.utils.data.default_collate([clips[i] for i in indices])
     assert kept["caption"] == fresh["caption"]
 
@@ -136,10 +149,10 @@ def test_buckets_and_frame_rate_reach_the_clips(
 
     def clips(**changes: Any) -> Any:
         with pytest.raises(Stop):
-            train_transformer(replace(base, **changes))
+            train_transformer(replace(base, clips=replace(base.clips, **changes)))
         return seen[-1][1]
 
-    assert isinstance(clips(), VideoFolder) and clips().size == (64, 64) and clips().frames == 5
+    assert isinstance(clips(), VideoFolder) and clips().sampling == Sampling(5, size=(64, 64))
     at_rate = clips(fps=12.0, frames=1)
     assert isinstance(at_rate, BucketedClips) and at_rate.config.fps == 12.0
     assert [(bucket.frames, bucket.size) for bucket in at_rate.buckets] == [(1, (64, 64))]
@@ -167,7 +180,7 @@ def test_clips_come_at_the_rate_that_is_asked_for(parts: Path, tmp_path: Path, m
     config = configuration(tmp_path, parts, tmp_path / "run", data=str(tmp_path / "films"), validate_every=1)
     for fps, step in ((None, 1), (12.0, 2)):
         with pytest.raises(Stop):
-            train_transformer(replace(config, fps=fps))
+            train_transformer(replace(config, clips=replace(config.clips, fps=fps)))
         task, clips = seen[-1][:2]
         for clip in (clips[0]["video"], task.validation["video"][0]):
             numbers = ((clip.mean((0, 2, 3)) + 1) * 127.5 - 10) / 20
@@ -349,13 +362,13 @@ def test_what_does_not_fit_is_refused_before_the_model_is_built(
         (from_files, {"data": str(tmp_path / "none")}, "neither a folder nor a list"),
         (from_files, {"encoders": str(tmp_path / "none")}, 'neither "nano" nor a folder'),
         (from_files, {"model": "nano"}, "text encoder gives 32 channels, the transformer takes 128"),
-        (from_files, {"frames": 9}, "none of the 24 files"),
+        (from_files, {"clips": ClipsConfig(9, 64, 64)}, "none of the 24 files"),
         (from_files, {"loop": replace(from_files.loop, output_dir=str(tmp_path / "file"))}, "is a file"),
         (from_cache, {"cache": [str(films)]}, "is no cache"),
         (from_cache, {"cache": [str(tmp_path / "torn")]}, "is cut short"),
         (from_cache, {"autoencoder": str(tmp_path / "other")}, "another autoencoder"),
         (from_cache, {"model": "nano"}, "latents have 4 channels, the transformer takes 128"),
-        (from_cache, {"height": 128}, r"no clip .* 64x128 .* \(5 of 64x64\)"),
+        (from_cache, {"clips": ClipsConfig(5, 128, 64)}, r"no clip .* 64x128 .* \(5 of 64x64\)"),
         (from_cache, {"validation_data": str(films)}, "is no cache"),
     ]
     for config, changes, reason in cases:
@@ -368,18 +381,18 @@ def test_what_does_not_fit_is_refused_before_the_model_is_built(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"frames": 6}, "frames is 6; it must be 1"),
-        ({"height": 100}, "height is 100; it must be a multiple of 64"),
-        ({"fps": 0.0}, "fps is 0.0"),
-        ({"reader": "none"}, "reader is 'none'"),
+        ({"clips": {"frames": 6}}, "^clips.frames is 6; it must be 1"),
+        ({"clips": {"height": 100}}, "^clips.height is 100; it must be a multiple of 64"),
+        ({"clips": {"fps": 0.0}}, "^clips.fps is 0.0"),
+        ({"clips": {"reader": "none"}}, "^clips.reader is 'none'"),
         ({"cache": ["a"], "data": "b"}, "reads one of them"),
-        ({"cache": ["a"], "fps": 24.0}, "leave fps out"),
-        ({"cache": ["a"], "stride": 2}, "leave stride out"),
-        ({"cache": ["a"], "buckets": [BucketConfig(1, 4096)]}, "leave buckets out"),
+        ({"cache": ["a"], "clips": {"fps": 24.0}}, "leave clips.fps out"),
+        ({"cache": ["a"], "clips": {"stride": 2}}, "leave clips.stride out"),
+        ({"cache": ["a"], "clips": {"buckets": [BucketConfig(1, 4096)]}}, "leave clips.buckets out"),
         ({"cache": ["a"], "encoders": "b"}, "leave encoders out"),
         ({"cache": ["a"], "train_encoders": True}, "leave train_encoders out"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        TransformerConfig(loop=LoopConfig("run"), **changes)
+        TransformerConfig(loop=LoopConfig("run"), **changes | {"clips": ClipsConfig(**changes.get("clips", {}))})

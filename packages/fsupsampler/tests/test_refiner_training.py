@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from fsae import FSAE
+from fsae.data.config import ClipsConfig
 from fsae.data.video import write_video
 from fsae.errors import UserError
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
@@ -333,7 +334,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def folder_settings(tmp_path: Path, root: Path) -> RefinerConfig:
-    config = settings(tmp_path, frames=5, height=128, width=128, validation_steps=2, validation_samples=1)
+    config = settings(tmp_path, clips=ClipsConfig(5, 128, 128), validation_steps=2, validation_samples=1)
     return replace(
         config,
         autoencoder=str(root / "fsae"),
@@ -373,7 +374,7 @@ def test_clips_without_captions_are_told(
 def test_wrong_settings_are_sentences(tmp_path: Path, folders: Path) -> None:
     config = folder_settings(tmp_path, folders)
     with pytest.raises(UserError, match="multiples of 128"):
-        train_refiner(replace(config, width=192))
+        train_refiner(replace(config, clips=ClipsConfig(5, 128, 192)))
     with pytest.raises(UserError, match="no model folder"):
         train_refiner(replace(config, upsampler=str(tmp_path / "none")))
     with pytest.raises(UserError, match="neither a preset"):
@@ -381,7 +382,7 @@ def test_wrong_settings_are_sentences(tmp_path: Path, folders: Path) -> None:
     for changes in ({"encoders": "nano"}, {"train_encoders": True}):
         with pytest.raises(UserError, match="leaves them as they are"):
             replace(config, **changes)
-    with pytest.raises(UserError, match="mask low and high"):
+    with pytest.raises(UserError, match="mask.low is .*; it must be at most mask.high"):
         MaskConfig(low=0.9, high=0.1)
     with pytest.raises(UserError, match="latents_std is not the autoencoder's"):
         RefinerTask(

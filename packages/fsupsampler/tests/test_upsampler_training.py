@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from fsae import FSAE
+from fsae.data.config import BucketConfig, ClipsConfig
 from fsae.errors import UserError
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
@@ -203,9 +204,7 @@ def settings(tmp_path: Path, **changes: Any) -> UpsamplerConfig:
     tiny_autoencoder(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.5] * 4).save_pretrained(tmp_path / "fsae")
     LatentUpsampler(**SMALL, latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.5] * 4).save_pretrained(tmp_path / "up")
     options: dict[str, Any] = {
-        "frames": 1,
-        "height": 128,
-        "width": 128,
+        "clips": ClipsConfig(1, 128, 128),
         "model": str(tmp_path / "up"),
         **changes,
     }
@@ -234,9 +233,9 @@ def test_a_preset_takes_the_autoencoders_statistics(tmp_path: Path, monkeypatch:
 def test_wrong_settings_are_sentences(tmp_path: Path) -> None:
     config = settings(tmp_path)
     with pytest.raises(UserError, match="multiples of 128"):
-        train_upsampler(replace(config, height=192))
-    with pytest.raises(UserError, match="cannot be encoded"):
-        train_upsampler(replace(config, frames=6))
+        train_upsampler(replace(config, clips=ClipsConfig(1, 192, 128)))
+    with pytest.raises(UserError, match="clips of 192x192 pixels"):
+        train_upsampler(replace(config, clips=ClipsConfig(1, 128, 128, [BucketConfig(5, 192 * 192)])))
     with pytest.raises(UserError, match="neither a preset"):
         train_upsampler(replace(config, model="nanno"))
     with pytest.raises(UserError, match="validation_samples"):

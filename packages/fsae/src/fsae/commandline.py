@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import errno
+import inspect
+import os
 import re
 import sys
 import warnings
@@ -16,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fsae.errors import UserError
@@ -92,11 +95,38 @@ def read_settings(
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_class_arguments(settings, as_group=True, skip=set(without))
     try:
-        found = parser.instantiate(parser.parse_args(argv))
+        flat = "clips" in inspect.signature(settings).parameters
+        found = parser.instantiate(parser.parse_args(_nested(argv) if flat else argv))
     except ArgumentError as error:
         reason = _in_words(" ".join(str(error).replace("Parser key", "option").split()))
         raise UserError(f"{reason}; '{prog} --help' shows the options and what they take") from None
     return settings(**{key: value for key, value in vars(found).items() if key != "config"})
+
+
+_FLAT = "frames|height|width|buckets|more_data|fps|stride|reader"
+"""What earlier versions had at the top of a training's settings, and is in their part `clips` now."""
+
+
+def _nested(argv: list[str]) -> list[str]:
+    """What was typed, with flat options, and files of flat keys, as they are written now."""
+    words = [re.sub(rf"^--({_FLAT})(?=$|[=+.])", r"--clips.\1", word) for word in argv]
+    for place, word in enumerate(words):
+        option, equals, file = word.partition("=")
+        if option == "--config" and equals:
+            words[place] = f"--config={_nested_file(file)}"
+        elif words[place - 1] == "--config" and place:
+            words[place] = _nested_file(word)
+    return words
+
+
+def _nested_file(path: str) -> str:
+    """The YAML of a file of flat keys; of any other its path."""
+    if not os.path.isfile(path):
+        return path
+    text, count = re.subn(rf"^({_FLAT})(?=\s*:)", r"clips.\1", Path(path).read_text("utf-8"), flags=re.MULTILINE)
+    if count and re.search(r"^clips\s*:", text, re.MULTILINE):
+        raise UserError(f"{path} has {_FLAT.replace('|', ', ')} in part beside clips; write all of them under clips")
+    return text if count else path
 
 
 def _in_words(reason: str) -> str:

@@ -21,11 +21,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fsae.data.config import BucketConfig, ClipsConfig
+from fsae.data.config import BucketConfig, Mixture
 from fsae.data.datasets import ClipDataset
 from fsae.data.image import cover, image_size, load_image
 from fsae.data.media import Media
-from fsae.data.order import derived_generator, derived_seed
+from fsae.data.order import Cut, derived_generator, derived_seed
 from fsae.data.readers import check_length, check_reader, draw_clip
 from fsae.data.sources import Entry, read_source
 from fsae.data.video import VideoInfo, probe
@@ -73,7 +73,7 @@ class BucketedClips(ClipDataset):
         UserError: a source that cannot be used, or a bucket that no file fits.
     """
 
-    def __init__(self, config: ClipsConfig, seed: int = 0) -> None:
+    def __init__(self, config: Mixture, seed: int = 0) -> None:
         check_reader(config.reader)
         self.config, self.seed = config, seed
         self.settings = {"clips": asdict(config), "clip_seed": seed}
@@ -93,9 +93,9 @@ class BucketedClips(ClipDataset):
         if self._never:
             warnings.warn(f"broken, or fit for no bucket: {self.summary()}", stacklevel=2)
 
-    def order(self, seed: int, batch_size: int, accumulation: int, processes: int, rank: int) -> BucketOrder:
+    def order(self, cut: Cut) -> BucketOrder:
         """The order in which a training loop sees the items."""
-        return BucketOrder(self.buckets, seed, batch_size, accumulation, processes, rank)
+        return BucketOrder(self.buckets, cut)
 
     def bucket(self, index: int) -> Bucket:
         """The bucket of an item."""
@@ -116,20 +116,12 @@ class BucketedClips(ClipDataset):
         Raises:
             UserError: it cannot be read; nothing takes its place here, other than in `sample`.
         """
-        bucket, media, config = self.bucket(index), self._entry(index).media, self.config
+        bucket, media = self.bucket(index), self._entry(index).media
         if media.is_image:
             return cover(load_image(media), bucket.size)[None], (0.0, 0.0)
         draw = np.random.default_rng([self.seed, index, epoch]).random()
-        pixels, times = draw_clip(
-            media,
-            self._info(self._items[index]),
-            draw,
-            bucket.frames,
-            fps=config.fps,
-            stride=config.stride,
-            size=bucket.size,
-            reader=config.reader,
-        )
+        sampling = self.config.sampling(bucket.frames, bucket.size)
+        pixels, times = draw_clip(media, self._info(self._items[index]), draw, sampling)
         return pixels, (times[0], times[-1])
 
     def _sizes_of(self, config: BucketConfig, sources: Sequence[range]) -> list[Bucket]:
@@ -167,7 +159,7 @@ class BucketedClips(ClipDataset):
         return f"{too_short}; {len(broken)} file(s) cannot be read, the first: {broken[0]}" if broken else too_short
 
     def _too_short(self, frames: int) -> str:
-        shortest, fps = self.config.stride * (frames - 1) + 1, self.config.fps
+        shortest, fps = self.config.sampling(frames).span, self.config.fps
         if fps is None:
             return (
                 f"no file of the sources has the {shortest} frames that the bucket of {frames} frames needs; "
@@ -188,7 +180,7 @@ class BucketedClips(ClipDataset):
         if isinstance(info, str) or media.is_image:
             return isinstance(info, VideoInfo) and frames == 1
         try:
-            check_length(media, info, frames, self.config.fps, self.config.stride)
+            check_length(media, info, self.config.sampling(frames))
         except UserError:
             return False
         return True
@@ -241,40 +233,27 @@ class BucketOrder:
 
     Args:
         buckets: As `BucketedClips.buckets`.
-        seed: Decides every draw and permutation.
-        batch_size: Samples in a micro-batch of one process, where a bucket does not say.
-        accumulation: Micro-batches of one process in a step.
-        processes: Number of processes.
-        rank: This process.
+        cut: The run's.
     """
 
-    def __init__(
-        self,
-        buckets: Sequence[Bucket],
-        seed: int,
-        batch_size: int,
-        accumulation: int = 1,
-        processes: int = 1,
-        rank: int = 0,
-    ) -> None:
-        self.buckets, self.seed = buckets, seed
-        self.accumulation, self.processes, self.rank = accumulation, processes, rank
-        self.batch_sizes = [bucket.batch_size or batch_size for bucket in buckets]
-        self._which = _Choices([bucket.share for bucket in buckets], seed, 0)
-        self._sources = [_Choices([p for p, _ in bucket.members], seed, 1, b) for b, bucket in enumerate(buckets)]
+    def __init__(self, buckets: Sequence[Bucket], cut: Cut) -> None:
+        self.buckets, self.cut = buckets, cut
+        self.batch_sizes = [bucket.batch_size or cut.batch for bucket in buckets]
+        self._which = _Choices([bucket.share for bucket in buckets], cut.seed, 0)
+        self._sources = [_Choices([p for p, _ in bucket.members], cut.seed, 1, b) for b, bucket in enumerate(buckets)]
         self._permutations: dict[tuple[int, int], tuple[int, list[int]]] = {}
 
     def position(self, step: int) -> tuple[int, int]:
         """(epoch, offset): how often all items' number of samples was seen before a step, and how many since."""
-        counts = self._which.counts(step * self.accumulation)
-        seen = sum(int(n) * size for n, size in zip(counts, self.batch_sizes, strict=True)) * self.processes
+        counts = self._which.counts(step * self.cut.accumulation)
+        seen = sum(int(n) * size for n, size in zip(counts, self.batch_sizes, strict=True)) * self.cut.processes
         return divmod(seen, sum(map(len, self.buckets)))
 
     def micro_batch(self, step: int, micro: int) -> list[tuple[int, int]]:
         """The (index, epoch) pairs of this process's micro-batch `micro` of `step`, all of one bucket."""
-        bucket, before = self._which.choice(step * self.accumulation + micro)
+        bucket, before = self._which.choice(step * self.cut.accumulation + micro)
         size = self.batch_sizes[bucket]
-        first = (before * self.processes + self.rank) * size
+        first = (before * self.cut.processes + self.cut.rank) * size
         return [self._item(bucket, number) for number in range(first, first + size)]
 
     def _item(self, bucket: int, number: int) -> tuple[int, int]:
@@ -284,7 +263,7 @@ class BucketOrder:
         epoch, offset = divmod(before, lengths[source])
         known, permutation = self._permutations.get((bucket, source), (-1, []))
         if known != epoch:
-            generator = derived_generator(self.seed, 2, bucket, source, epoch)
+            generator = derived_generator(self.cut.seed, 2, bucket, source, epoch)
             permutation = torch.randperm(lengths[source], generator=generator).tolist()
             self._permutations[bucket, source] = epoch, permutation
         return self.buckets[bucket].first + sum(lengths[:source]) + permutation[offset], epoch

@@ -4,28 +4,57 @@ A training draws micro-batches from `buckets`: each is a number of frames and a 
 aspect ratios find a size of their own ("with varying aspect ratios", paper §2.2.1, footnote 2). The mixture of long
 clips of few pixels and short clips of many (paper §2.2.1, stage 3) is two buckets and their weights:
 
-    buckets:
-      - {frames: 169, area: 65536, weight: 1}
-      - {frames: 9, area: 495616, weight: 1}
+    clips:
+      buckets:
+        - {frames: 169, area: 65536, weight: 1}
+        - {frames: 9, area: 495616, weight: 1}
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from fsae.bounds import Bound, Count, Positive, Source, check
 from fsae.errors import require
 
 SIDE = 64  # the autoencoder's spatial compression: sides of clips are multiples of it
 STRIDE = 4  # its temporal compression: clips have 1 + 4k frames
 
+Frames = Annotated[int, Bound("1 + 4k", lambda value: value >= 1 and value % STRIDE == 1)]
+Side = Annotated[int, Bound(f"a multiple of {SIDE}", lambda value: value >= SIDE and value % SIDE == 0)]
+Area = Annotated[int, Bound(f"at least {SIDE**2}, {SIDE} x {SIDE} pixels", lambda value: value >= SIDE**2)]
+Aspect = Annotated[float, Bound("at least 1", lambda value: value >= 1)]
+Reader = Literal["pyav", "decord"]
 
-def require_size(frames: int, height: int, width: int) -> None:
-    """Refuse the options of these names if the autoencoder takes no clip of this length and size."""
-    require(frames >= 1 and frames % STRIDE == 1, "frames", frames, "1 + 4k")
-    for name, side in (("height", height), ("width", width)):
-        require(side >= SIDE and side % SIDE == 0, name, side, f"a multiple of {SIDE}")
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a clip is cut from a video.
+
+    Attributes:
+        frames: How many frames.
+        fps: Take the frames shown every stride / fps seconds; None takes the file's own frames.
+        stride: Take every stride-th of these.
+        size: (H, W) that each frame is scaled to cover, then cropped to around the centre; None keeps the file's.
+        reader: What decodes, "pyav" or "decord".
+    """
+
+    frames: Count
+    fps: Positive | None = None
+    stride: Count = 1
+    size: tuple[int, int] | None = None
+    reader: str = "pyav"
+
+    def __post_init__(self) -> None:
+        check(self)
+        require(self.size is None or min(self.size) >= 1, "size", self.size, "two numbers of 1 or more")
+
+    @property
+    def span(self) -> int:
+        """Frames, of the file or at `fps`, from the first that is taken to the last."""
+        return (self.frames - 1) * self.stride + 1
 
 
 @dataclass(frozen=True)
@@ -39,12 +68,11 @@ class SourceConfig:
         weight: Share of the samples, relative to the other sources.
     """
 
-    path: str
-    weight: float = 1.0
+    path: Source
+    weight: Positive = 1.0
 
     def __post_init__(self) -> None:
-        require(bool(self.path), "source.path", self.path, "a folder, a list, a tar or a pattern")
-        require(0 < self.weight < math.inf, "source.weight", self.weight, "a number above 0")
+        check(self, "source")
 
 
 @dataclass(frozen=True)
@@ -61,31 +89,23 @@ class BucketConfig:
         max_aspect: With area: the most elongated size, as longer by shorter side.
     """
 
-    frames: int = 17
-    area: int | None = None
-    height: int | None = None
-    width: int | None = None
-    weight: float = 1.0
-    batch_size: int | None = None
-    max_aspect: float = 2.0
+    frames: Frames = 17
+    area: Area | None = None
+    height: Side | None = None
+    width: Side | None = None
+    weight: Positive = 1.0
+    batch_size: Count | None = None
+    max_aspect: Aspect = 2.0
 
     def __post_init__(self) -> None:
-        require(self.frames >= 1 and self.frames % STRIDE == 1, "bucket.frames", self.frames, "1 + 4k")
-        require(0 < self.weight < math.inf, "bucket.weight", self.weight, "a number above 0")
-        require(self.batch_size is None or self.batch_size >= 1, "bucket.batch_size", self.batch_size, "1 or more")
-        require(self.max_aspect >= 1, "bucket.max_aspect", self.max_aspect, "at least 1")
+        check(self, "bucket")
         if self.area is not None:
-            require(
-                self.height is None and self.width is None, "bucket.area", self.area, "given without height and width"
-            )
-            require(
-                self.area >= SIDE * SIDE, "bucket.area", self.area, f"at least {SIDE * SIDE}, {SIDE} x {SIDE} pixels"
-            )
+            alone = self.height is None and self.width is None
+            require(alone, "bucket.area", self.area, "given without height and width")
         else:
             for name in ("height", "width"):
-                side = getattr(self, name)
                 accepted = f"a multiple of {SIDE}, if area is not given"
-                require(side is not None and side >= SIDE and side % SIDE == 0, f"bucket.{name}", side, accepted)
+                require(getattr(self, name) is not None, f"bucket.{name}", None, accepted)
 
     def sizes(self) -> list[tuple[int, int]]:
         """(H, W) of every size, from the widest to the tallest.
@@ -107,26 +127,81 @@ class BucketConfig:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """What `fsae.data.buckets` draws clips from; checkpoints and caches hold it as it is.
+
+    Attributes:
+        sources: Where clips come from.
+        buckets: Their lengths and sizes.
+        fps: As in `Sampling`.
+        stride: As in `Sampling`.
+        reader: As in `Sampling`.
+    """
+
+    sources: list[SourceConfig]
+    buckets: list[BucketConfig]
+    fps: Positive | None = None
+    stride: Count = 1
+    reader: Reader = "pyav"
+
+    def __post_init__(self) -> None:
+        check(self, "clips")
+        require(bool(self.sources), "clips.sources", self.sources, "one source or more")
+        require(bool(self.buckets), "clips.buckets", self.buckets, "one bucket or more")
+
+    def sampling(self, frames: int, size: tuple[int, int] | None = None) -> Sampling:
+        """How clips of one of the lengths and sizes are cut."""
+        return Sampling(frames, self.fps, self.stride, size, self.reader)
+
+
+@dataclass(frozen=True)
 class ClipsConfig:
     """The clips of a training.
 
     Attributes:
-        sources: Where they come from.
-        buckets: Their lengths and sizes.
-        fps: Frames per second at which videos are sampled by the time of their frames; None takes a file's own frames.
-        stride: Take every stride-th of these.
-        reader: What decodes videos: "pyav", or "decord" (needs the extra fsae[decord]).
+        frames: Frames of a clip, 1 + 4k; 1 takes images, and single frames of videos.
+        height: Clips are resized and cropped to this height, a multiple of 64; of 128 for the upsampler and the
+            refiner, which see them at half their size as well.
+        width: As height: their width.
+        buckets: Lengths and sizes of the clips, a mixture by weight, in place of frames, height and width, which then,
+            as with caches, are those of validation. A bucket of one frame trains on images as well.
+        more_data: Further sources, with their shares beside data, whose share is 1.
+        fps: Sample videos at this frame rate, by the time of their frames, whatever the file's; null takes every frame
+            of a file.
+        stride: Take every stride-th of these frames.
+        reader: What decodes videos, "pyav", or "decord" (needs the extra fsae[decord]).
     """
 
-    sources: list[SourceConfig] = field(default_factory=list)
+    frames: Frames = 17
+    height: Side = 256
+    width: Side = 256
     buckets: list[BucketConfig] = field(default_factory=list)
-    fps: float | None = None
-    stride: int = 1
-    reader: Literal["pyav", "decord"] = "pyav"
+    more_data: list[SourceConfig] = field(default_factory=list)
+    fps: Positive | None = None
+    stride: Count = 1
+    reader: Reader = "pyav"
 
     def __post_init__(self) -> None:
-        require(bool(self.sources), "clips.sources", self.sources, "one source or more")
-        require(bool(self.buckets), "clips.buckets", self.buckets, "one bucket or more")
-        require(self.fps is None or 0 < self.fps < math.inf, "clips.fps", self.fps, "a number above 0, or none")
-        require(self.stride >= 1, "clips.stride", self.stride, "1 or more")
-        require(self.reader in ("pyav", "decord"), "clips.reader", self.reader, '"pyav" or "decord"')
+        check(self, "clips")
+
+    @property
+    def plain(self) -> bool:
+        """Whether clips of one length and size come from one source, frame by frame as its files have them."""
+        return not (self.buckets or self.more_data or self.fps is not None or self.reader != "pyav")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How clips of frames, height and width are cut."""
+        return Sampling(self.frames, self.fps, self.stride, (self.height, self.width), self.reader)
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """(T, H, W) of all clips: those of validation, then those of the buckets."""
+        buckets = [(bucket.frames, *size) for bucket in self.buckets for size in bucket.sizes()]
+        return [(self.frames, self.height, self.width), *buckets]
+
+    def mixture(self, data: str) -> Mixture:
+        """What clips are drawn from, `data` the first source."""
+        buckets = self.buckets or [BucketConfig(self.frames, height=self.height, width=self.width)]
+        sources = [SourceConfig(data), *self.more_data]
+        return Mixture(sources, buckets, self.fps, self.stride, self.reader)

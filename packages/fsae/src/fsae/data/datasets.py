@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fsae.data.config import Sampling
 from fsae.data.image import cover, load_image
 from fsae.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Media
 from fsae.data.readers import DamagedVideo, check_reader, draw_clip
@@ -114,38 +115,26 @@ class VideoFolder(ClipDataset):
 
     Args:
         source: Folder, list, tar or pattern: see `fsae.data.sources.read_source`.
-        frames: Frames of a clip, T. With 1, an image is a clip and a video gives one of its frames.
-        size: (H, W); frames are resized to cover it and cropped in the centre.
-        stride: Take every stride-th frame of the file.
+        sampling: Length and size of a clip, and how it is cut. With one frame, an image is a clip and a video gives
+            one of its frames.
         seed: Decides where clips start.
-        fps: Sample videos at this frame rate; None takes a file's own frames.
-        reader: What decodes videos, "pyav" or "decord".
 
     Raises:
-        UserError: no such source, no usable entry in it, a list without a `path`, or no such reader.
+        UserError: no such source, no usable entry in it, a list without a `path`, no size, or no such reader.
     """
 
-    def __init__(
-        self,
-        source: str | Path,
-        frames: int,
-        size: tuple[int, int],
-        stride: int = 1,
-        seed: int = 0,
-        fps: float | None = None,
-        reader: str = "pyav",
-    ) -> None:
-        if min(frames, stride, *size) < 1:
-            raise UserError(f"frames {frames}, size {size}, stride {stride}: all must be 1 or more")
-        check_reader(reader)
+    def __init__(self, source: str | Path, sampling: Sampling, seed: int = 0) -> None:
+        if sampling.size is None:
+            raise UserError("clips of a folder are of one size; give the sampling's")
+        check_reader(sampling.reader)
         self.source = Path(source)
         self.entries = read_source(source)
         super().__init__(len(self.entries))
-        self.frames, self.size, self.stride, self.seed = frames, size, stride, seed
-        self.fps, self.reader = fps, reader
-        self.settings: dict[str, Any] = {"frames": frames, "size": list(size), "stride": stride, "seed": seed}
-        if fps is not None:
-            self.settings["fps"] = fps
+        self.sampling, self.seed = sampling, seed
+        told = {"frames": sampling.frames, "size": list(sampling.size), "stride": sampling.stride, "seed": seed}
+        self.settings: dict[str, Any] = told
+        if sampling.fps is not None:
+            self.settings["fps"] = sampling.fps
         self._probed: dict[Media, VideoInfo] = {}
 
     def _entry(self, index: int) -> Entry:
@@ -153,20 +142,11 @@ class VideoFolder(ClipDataset):
 
     def _pixels(self, media: Media, index: int, epoch: int) -> NDArray[np.uint8]:
         if media.is_image:
-            if self.frames > 1:
-                raise UserError(f"an image gives one frame, {self.frames} are wanted")
-            return cover(load_image(media), self.size)[None]
+            if self.sampling.frames > 1:
+                raise UserError(f"an image gives one frame, {self.sampling.frames} are wanted")
+            assert self.sampling.size is not None
+            return cover(load_image(media), self.sampling.size)[None]
         if media.file not in self._probed:
             self._probed[media.file] = probe(media.file, count=False)
         draw = np.random.default_rng([self.seed, index, epoch]).random()
-        pixels, _ = draw_clip(
-            media,
-            self._probed[media.file],
-            draw,
-            self.frames,
-            fps=self.fps,
-            stride=self.stride,
-            size=self.size,
-            reader=self.reader,
-        )
-        return pixels
+        return draw_clip(media, self._probed[media.file], draw, self.sampling)[0]

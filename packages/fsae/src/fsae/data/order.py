@@ -32,6 +32,25 @@ def derived_generator(*parts: int) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(*parts))
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How a run cuts the stream of samples into the micro-batches of one process.
+
+    Attributes:
+        seed: Decides every draw and permutation.
+        batch: Samples in a micro-batch, where a bucket does not say.
+        accumulation: Micro-batches of one process in a step.
+        processes: Number of processes.
+        rank: This process.
+    """
+
+    seed: int
+    batch: int = 1
+    accumulation: int = 1
+    processes: int = 1
+    rank: int = 0
+
+
 def data_place(rank: int, processes: int, ranks_per_sample: int) -> tuple[int, int]:
     """(rank, processes) as an order counts them, where `ranks_per_sample` neighbouring processes count as one.
 
@@ -61,12 +80,9 @@ class Order(Protocol):
         ...
 
 
-def order_of(dataset: Any, seed: int, batch_size: int, accumulation: int, processes: int, rank: int) -> Order:
-    """What the dataset's method `order` returns for these five numbers, or the `DataOrder` of a plain dataset."""
-    if hasattr(dataset, "order"):
-        order: Order = dataset.order(seed, batch_size, accumulation, processes, rank)
-        return order
-    return DataOrder(len(dataset), seed, batch_size, accumulation, processes, rank)
+def order_of(dataset: Any, cut: Cut) -> Order:
+    """What the dataset's method `order` returns for `cut`, or the `DataOrder` of a plain dataset."""
+    return dataset.order(cut) if hasattr(dataset, "order") else DataOrder(len(dataset), cut)
 
 
 @dataclass
@@ -75,40 +91,33 @@ class DataOrder:
 
     Attributes:
         length: Samples in the dataset, n.
-        seed: Decides every epoch's permutation.
-        batch_size: Samples in a micro-batch.
-        accumulation: Micro-batches of one process in a step.
-        processes: Number of processes.
-        rank: This process.
+        cut: Whose seed decides every epoch's permutation.
     """
 
     length: int
-    seed: int
-    batch_size: int
-    accumulation: int = 1
-    processes: int = 1
-    rank: int = 0
+    cut: Cut
     _epoch: int = field(default=-1, init=False, repr=False)
     _permutation: list[int] = field(default_factory=list, init=False, repr=False)
 
     def position(self, step: int) -> tuple[int, int]:
         """(epoch, offset) of the first sample of a step."""
-        first = step * self.accumulation * self.processes * self.batch_size
+        first = step * self.cut.accumulation * self.cut.processes * self.cut.batch
         return first // self.length, first % self.length
 
     def entry(self, number: int) -> tuple[int, int]:
         """(index, epoch) of the stream's sample `number`."""
         epoch, offset = divmod(number, self.length)
         if epoch != self._epoch:
-            generator = derived_generator(self.seed, epoch)
+            generator = derived_generator(self.cut.seed, epoch)
             self._permutation = torch.randperm(self.length, generator=generator).tolist()
             self._epoch = epoch
         return self._permutation[offset], epoch
 
     def micro_batch(self, step: int, micro: int) -> list[tuple[int, int]]:
         """The (index, epoch) pairs of this process's micro-batch `micro` of `step`."""
-        first = ((step * self.accumulation + micro) * self.processes + self.rank) * self.batch_size
-        return [self.entry(number) for number in range(first, first + self.batch_size)]
+        cut = self.cut
+        first = ((step * cut.accumulation + micro) * cut.processes + cut.rank) * cut.batch
+        return [self.entry(number) for number in range(first, first + cut.batch)]
 
 
 class MicroBatches(Sampler[list[Key]]):

@@ -26,9 +26,10 @@ import numpy as np
 from av.container import InputContainer
 from numpy.typing import NDArray
 
+from fsae.data.config import Sampling
 from fsae.data.media import Media, Readable, as_media, check_file
 from fsae.data.video import VideoInfo, decode, decode_packet, frame_rate, open_video, picture, stack
-from fsae.errors import UserError
+from fsae.errors import UserError, require
 
 GRACE = Fraction(1, 1000)
 # Decoding so many seconds costs less than a seek that may have to be repeated.
@@ -51,25 +52,13 @@ class Timed(NamedTuple):
     frame: av.VideoFrame
 
 
-def read_clip(
-    video: Readable,
-    frames: int,
-    start: float | None = None,
-    fps: float | None = None,
-    stride: int = 1,
-    size: tuple[int, int] | None = None,
-    reader: str = "pyav",
-) -> tuple[NDArray[np.uint8], list[float]]:
+def read_clip(video: Readable, sampling: Sampling, start: float | None = None) -> tuple[NDArray[np.uint8], list[float]]:
     """Decode a clip by time.
 
     Args:
         video: The file. If it is a `Media` with a span, the clip lies within it.
-        frames: How many frames.
+        sampling: Which frames, in which size.
         start: Seconds into the file; the first frame is the one shown then. None: where the span begins.
-        fps: Sample the frames shown at start, start + stride / fps, ...; None takes the file's own frames.
-        stride: Take every stride-th frame.
-        size: (H, W) that each frame is scaled to cover, then cropped to around the centre; None keeps the file's.
-        reader: "pyav" or "decord".
 
     Returns:
         uint8 `T H W 3`, RGB, upright, and when each frame begins, in seconds.
@@ -79,13 +68,9 @@ def read_clip(
         ShortVideo: it, or its span, ends before the clip does.
         UserError: no such file, no video, or an unknown or missing reader.
     """
-    media = as_media(video)
+    media, frames, fps, stride = as_media(video), sampling.frames, sampling.fps, sampling.stride
     first = Fraction(media.start if start is None else start)
-    if frames < 1 or stride < 1 or first < 0 or (fps is not None and fps <= 0):
-        raise UserError(
-            f"cannot read {frames} frames from {first} s on, stride {stride}, at {fps} fps; all must be positive"
-        )
-
+    require(first >= 0, "start", start, "0 or more")
     end = None if media.end is None else Fraction(media.end)
 
     def select(reader: Callable[[Media, Fraction], Iterator[Timed]]) -> list[Timed]:
@@ -94,26 +79,17 @@ def read_clip(
         return list(islice(clip, frames))
 
     try:
-        chosen = select(_reader(reader))
+        chosen = select(_reader(sampling.reader))
     except _NoTimes:
         chosen = select(_by_index)
     if len(chosen) < frames:
         raise ShortVideo(f"{media} has {len(chosen)} frames from {float(first):g} s on, {frames} are wanted")
     # A frame that is shown for long is taken several times, and converted once.
-    pictures = {shown.begin: picture(shown.frame, size) for shown in chosen}
+    pictures = {shown.begin: picture(shown.frame, sampling.size) for shown in chosen}
     return stack([pictures[shown.begin] for shown in chosen], media), [float(shown.begin) for shown in chosen]
 
 
-def draw_clip(
-    media: Media,
-    info: VideoInfo,
-    draw: float,
-    frames: int,
-    fps: float | None = None,
-    stride: int = 1,
-    size: tuple[int, int] | None = None,
-    reader: str = "pyav",
-) -> tuple[NDArray[np.uint8], list[float]]:
+def draw_clip(media: Media, info: VideoInfo, draw: float, sampling: Sampling) -> tuple[NDArray[np.uint8], list[float]]:
     """A clip that starts at a share `draw` in [0, 1) of the places where it can.
 
     The places are those that `info` promises. Where the file then turns out to be damaged or shorter, they are those
@@ -127,14 +103,13 @@ def draw_clip(
         DamagedVideo: it does not fit in what is before the damage.
         UserError: as `read_clip`.
     """
-    promised, spare = check_length(media, info, frames, fps, stride)
-    span = (frames - 1) * stride + 1
+    promised, spare = check_length(media, info, sampling)
+    fps, span = sampling.fps, sampling.span
     start = media.start + (draw * spare if fps is not None else int(draw * (promised - span + 1)) / info.fps)
-    settings = (fps, stride, size, reader)
     try:
-        return read_clip(media, frames, start, *settings)
+        return read_clip(media, sampling, start)
     except (DamagedVideo, ShortVideo) as error:
-        times = frame_times(media, reader)
+        times = frame_times(media, sampling.reader)
         if not times:
             raise
         damaged = isinstance(error, DamagedVideo)
@@ -146,10 +121,10 @@ def draw_clip(
                 start = media.start + draw * _spare(end - media.start, span / fps)
         except ShortVideo as short:
             raise type(error)(f"{error}; before, {short}" if damaged else str(short)) from error
-        return read_clip(media, frames, start, *settings)
+        return read_clip(media, sampling, start)
 
 
-def check_length(media: Media, info: VideoInfo, frames: int, fps: float | None, stride: int) -> tuple[int, float]:
+def check_length(media: Media, info: VideoInfo, sampling: Sampling) -> tuple[int, float]:
     """Whether a clip, as for `draw_clip`, fits in what `info` promises.
 
     Returns:
@@ -160,10 +135,9 @@ def check_length(media: Media, info: VideoInfo, frames: int, fps: float | None, 
     """
     end = info.duration if media.end is None else min(media.end, info.duration)
     promised = max(0, round((end - media.start) * info.fps))
-    span = (frames - 1) * stride + 1
-    if fps is None:
-        return _enough(promised, span), 0.0
-    return promised, _spare(end - media.start, span / fps)
+    if sampling.fps is None:
+        return _enough(promised, sampling.span), 0.0
+    return promised, _spare(end - media.start, sampling.span / sampling.fps)
 
 
 def _enough(length: int, wanted: int) -> int:

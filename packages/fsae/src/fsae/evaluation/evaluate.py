@@ -31,6 +31,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from fsae.bounds import Count, Index, check
+from fsae.data.config import Sampling
 from fsae.data.datasets import VideoFolder
 from fsae.data.video import to_frames
 from fsae.errors import UserError
@@ -79,22 +81,17 @@ class EvalSettings:
     frames: int = 17
     height: int = 256
     width: int = 256
-    stride: int = 1
-    samples: int | None = None
-    batch_size: int = 1
-    seed: int = 0
+    stride: Count = 1
+    samples: Count | None = None
+    batch_size: Count = 1
+    seed: Index = 0
     lpips: tuple[str, ...] = ()
     fvd: str | None = None
     memory: int | None = None
     dimension_of: Literal["position", "clip"] = "position"
 
     def __post_init__(self) -> None:
-        for name in ("stride", "samples", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; give 1 or more")
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}; give 0 or more")
+        check(self)
 
 
 class HeldOutClips(VideoFolder):
@@ -165,8 +162,8 @@ class Evaluation:
     def __init__(self, model: FSAE, settings: EvalSettings) -> None:
         model.compression.check(settings.frames, settings.height, settings.width)
         self.model, self.settings = model.eval(), settings
-        size = (settings.height, settings.width)
-        self.data = HeldOutClips(settings.data, settings.frames, size, settings.stride, settings.seed)
+        sampling = Sampling(settings.frames, None, settings.stride, (settings.height, settings.width))
+        self.data = HeldOutClips(settings.data, sampling, settings.seed)
         self.lpips = PerceptualLoss.from_files(*settings.lpips).to(model.device) if settings.lpips else None
         self.i3d = VideoFeatures(settings.fvd, model.device) if settings.fvd else None
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fsae.data.config import BucketConfig, ClipsConfig, SourceConfig
-from fsae.errors import UserError, require
+from fsae.bounds import Count, Index, Several, Weight, check
+from fsae.data.config import ClipsConfig
+from fsae.errors import UserError
 from fsae.training.config import LoopConfig, OptimizerConfig
 
 Conversion = Literal["none", "dc-ae", "standard", "lite"]
@@ -33,20 +34,17 @@ class AdversarialConfig:
         optimizer: AdamW's settings for the discriminator.
     """
 
-    weight: float = 0.0
-    start: int = 0
-    width: int = 64
-    scales: int = 3
-    r1_gamma: float = 10.0
-    r1_every: int = 16
+    weight: Weight = 0.0
+    start: Index = 0
+    width: Count = 64
+    scales: Count = 3
+    r1_gamma: Weight = 10.0
+    r1_every: Count = 16
     weights: str | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
-        for name in ("weight", "start", "r1_gamma"):
-            require(getattr(self, name) >= 0, f"adversarial.{name}", getattr(self, name), "0 or more")
-        for name in ("width", "scales", "r1_every"):
-            require(getattr(self, name) >= 1, f"adversarial.{name}", getattr(self, name), "1 or more")
+        check(self, "adversarial")
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,11 @@ class PatchConfig:
         above: Frames of at most this many pixels are trained whole.
     """
 
-    cells: int = 0
-    above: int = 0
+    cells: Index = 0
+    above: Index = 0
 
     def __post_init__(self) -> None:
-        for name in ("cells", "above"):
-            require(getattr(self, name) >= 0, f"patch.{name}", getattr(self, name), "0 or more")
+        check(self, "patch")
 
 
 @dataclass(frozen=True)
@@ -83,16 +80,14 @@ class AlignmentConfig:
     """
 
     teacher: str | None = None
-    weight: float = 0.5
-    cosine_margin: float = 0.5
-    distance_margin: float = 0.25
-    positions: int = 4096
-    adaptive: float = 0.0
+    weight: Weight = 0.5
+    cosine_margin: Weight = 0.5
+    distance_margin: Weight = 0.25
+    positions: Several = 4096
+    adaptive: Weight = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("weight", "cosine_margin", "distance_margin", "adaptive"):
-            require(getattr(self, name) >= 0, f"alignment.{name}", getattr(self, name), "0 or more")
-        require(self.positions >= 2, "alignment.positions", self.positions, "2 or more")
+        check(self, "alignment")
 
 
 @dataclass(frozen=True)
@@ -106,12 +101,11 @@ class DistillationConfig:
     """
 
     teacher: str | None = None
-    pixel_weight: float = 1.0
-    feature_weight: float = 1.0
+    pixel_weight: Weight = 1.0
+    feature_weight: Weight = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("pixel_weight", "feature_weight"):
-            require(getattr(self, name) >= 0, f"distillation.{name}", getattr(self, name), "0 or more")
+        check(self, "distillation")
 
 
 @dataclass(frozen=True)
@@ -121,20 +115,12 @@ class AutoencoderConfig:
     Attributes:
         data: Folder of videos and images, or a .jsonl or .csv list with the column path.
         loop: The run.
-        buckets: Lengths and sizes of the clips, a mixture by weight, in place of frames, height and width, which then
-            are those of validation. A bucket of one frame trains on images as well.
-        more_data: With buckets: further sources, with their shares beside data, whose share is 1.
-        fps: With buckets: sample videos at this frame rate; null takes every frame.
-        reader: With buckets: what decodes videos, "pyav" or "decord".
+        clips: What is taken of data, and of more.
         model: A preset's name, or the folder of a saved FSAE to go on from; with convert dc-ae, the folder of a DC-AE.
         model_options: Values that replace some of the preset's, or that the conversion takes, by name.
         convert: What is made of the model before it is trained: "dc-ae" inflates a DC-AE to an FSAE with a causal
             decoder, "standard" turns a causal decoder into a Standard one, "lite" a Standard one into a Lite one.
         freeze_encoder: Train the decoder alone; latents, and their statistics, stay what they are.
-        frames: Frames of a clip, 1 + 4k; 1 trains on images.
-        height: Clips are resized and cropped to this height, a multiple of 64.
-        width: As height: their width, a multiple of 64.
-        stride: Take every stride-th frame of a file.
         perceptual_weights: Files (.safetensors or .pth) that together hold the trunk (AlexNet or VGG16) and
             the linear heads of LPIPS; without them the loss is L1 alone.
         perceptual_weight: Weight of LPIPS beside L1.
@@ -154,44 +140,26 @@ class AutoencoderConfig:
 
     data: str
     loop: LoopConfig
-    buckets: list[BucketConfig] = field(default_factory=list)
-    more_data: list[SourceConfig] = field(default_factory=list)
-    fps: float | None = None
-    reader: Literal["pyav", "decord"] = "pyav"
+    clips: ClipsConfig = field(default_factory=ClipsConfig)
     model: str = "nano"
     model_options: dict[str, Any] = field(default_factory=dict)
     convert: Conversion = "none"
     freeze_encoder: bool = False
-    frames: int = 17
-    height: int = 256
-    width: int = 256
-    stride: int = 1
     perceptual_weights: list[str] = field(default_factory=list)
-    perceptual_weight: float = 0.1
-    perceptual_slice: int = 0
+    perceptual_weight: Weight = 0.1
+    perceptual_slice: Index = 0
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
     gradient_checkpointing: bool = False
     validation_data: str | None = None
-    validation_samples: int = 4
-    statistics_batches: int = 32
+    validation_samples: Count = 4
+    statistics_batches: Count = 32
     channels_last: bool = True
 
     def __post_init__(self) -> None:
-        conversions = ("none", "dc-ae", "standard", "lite")
-        require(self.convert in conversions, "convert", self.convert, "none, dc-ae, standard or lite")
-        for name in ("perceptual_weight", "perceptual_slice"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        for name in ("validation_samples", "statistics_batches"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        self._check_parts()
-
-    def _check_parts(self) -> None:
-        """Options that need each other, or exclude each other."""
-        if not self.buckets and (self.more_data or self.fps is not None or self.reader != "pyav"):
-            raise UserError("more_data, fps and reader belong to buckets, and there are none; give at least one bucket")
+        check(self)
         if self.alignment.teacher == "lpips" and not self.perceptual_weights:
             raise UserError("alignment.teacher is lpips, but there are no perceptual_weights; give LPIPS's files")
         if self.alignment.teacher is not None and self.freeze_encoder:
@@ -202,11 +170,3 @@ class AutoencoderConfig:
             raise UserError("alignment.adaptive needs whole gradients; set loop.sharding to ddp, or adaptive to 0")
         if self.distillation.teacher is not None and not self.freeze_encoder:
             raise UserError("a decoder is distilled on the teacher's own latents; set freeze_encoder to true")
-
-    @property
-    def clips(self) -> ClipsConfig | None:
-        """The mixture of clips to train on; None without buckets."""
-        if not self.buckets:
-            return None
-        sources = [SourceConfig(self.data), *self.more_data]
-        return ClipsConfig(sources, self.buckets, self.fps, self.stride, self.reader)

@@ -192,8 +192,9 @@ def train_autoencoder(config: AutoencoderConfig, dataset: Any = None) -> Path | 
     loop = config.loop
     torch.manual_seed(loop.seed)
     model = prepared_model(config)
-    model.latent_shape(config.frames, config.height, config.width)
-    clips, held_out, batch = read_samples(config, dataset, mixture=config.clips)
+    for shape in config.clips.shapes:
+        model.latent_shape(*shape)
+    clips, held_out, batch = read_samples(config, dataset)
     task = AutoencoderTask(config, model, validation=None if batch is None else batch["video"])
     result = train(task, clips, loop)
     if not report_end(result, loop.max_steps, clips, held_out):

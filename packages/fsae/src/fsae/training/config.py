@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from fsae.bounds import Bound, Count, Decay, Folder, Index, Positive, Share, Weight, check
 from fsae.errors import require
+
+Betas = Annotated[tuple[float, float], Bound("two numbers in [0, 1)", lambda betas: all(0 <= b < 1 for b in betas))]
 
 
 @dataclass(frozen=True)
@@ -28,23 +31,16 @@ class OptimizerConfig:
         momentum: With muon, the decay rate of its one moment.
     """
 
-    learning_rate: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    eps: float = 1e-8
+    learning_rate: Positive = 1e-4
+    betas: Betas = (0.9, 0.95)
+    weight_decay: Weight = 0.0
+    eps: Positive = 1e-8
     kind: Literal["adamw", "muon"] = "adamw"
-    matrix_learning_rate: float = 1e-3
-    momentum: float = 0.95
+    matrix_learning_rate: Positive = 1e-3
+    momentum: Decay = 0.95
 
     def __post_init__(self) -> None:
-        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a number above 0")
-        require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
-        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "a number of at least 0")
-        require(self.eps > 0, "optimizer.eps", self.eps, "a number above 0")
-        require(self.kind in ("adamw", "muon"), "optimizer.kind", self.kind, '"adamw" or "muon"')
-        rate = self.matrix_learning_rate
-        require(rate > 0, "optimizer.matrix_learning_rate", rate, "a number above 0")
-        require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "a number in [0, 1)")
+        check(self, "optimizer")
 
 
 @dataclass(frozen=True)
@@ -58,13 +54,11 @@ class ScheduleConfig:
     """
 
     kind: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: int = 0
-    min_ratio: float = 0.0
+    warmup_steps: Index = 0
+    min_ratio: Share = 0.0
 
     def __post_init__(self) -> None:
-        require(self.kind in ("cosine", "constant"), "schedule.kind", self.kind, '"cosine" or "constant"')
-        require(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "0 or more")
-        require(0 <= self.min_ratio <= 1, "schedule.min_ratio", self.min_ratio, "a number in [0, 1]")
+        check(self, "schedule")
 
     def factor(self, step: int, max_steps: int) -> float:
         """Share of the peak learning rate for the update that follows `step` finished ones.
@@ -111,48 +105,30 @@ class LoopConfig:
         tensorboard: Write TensorBoard events (needs the extra fsae[train]).
     """
 
-    output_dir: str
-    max_steps: int = 100_000
-    batch_size: int = 1
-    gradient_accumulation_steps: int = 1
+    output_dir: Folder
+    max_steps: Count = 100_000
+    batch_size: Count = 1
+    gradient_accumulation_steps: Count = 1
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
-    seed: int = 0
+    max_grad_norm: Weight = 1.0
+    ema_decay: Decay = 0.999
+    seed: Index = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     sharding: Literal["ddp", "fsdp2", "zero3"] = "ddp"
-    max_minutes: float = 0.0
-    log_every: int = 10
-    validate_every: int = 0
-    save_every: int = 1000
-    keep_checkpoints: int = 2
-    num_workers: int = 0
+    max_minutes: Weight = 0.0
+    log_every: Count = 10
+    validate_every: Index = 0
+    save_every: Index = 1000
+    keep_checkpoints: Count = 2
+    num_workers: Index = 0
     resume: bool = True
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        require(bool(self.output_dir), "output_dir", self.output_dir, "a folder's path")
-        for name in (
-            "max_steps",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "log_every",
-            "keep_checkpoints",
-        ):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("max_grad_norm", "seed", "max_minutes", "validate_every", "save_every", "num_workers"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "a number in [0, 1)")
-        precisions = ("no", "bf16", "fp16")
-        require(self.mixed_precision in precisions, "mixed_precision", self.mixed_precision, "no, bf16 or fp16")
-        require(self.sharding in ("ddp", "fsdp2", "zero3"), "sharding", self.sharding, '"ddp", "fsdp2" or "zero3"')
-        require(
-            self.sharding == "ddp" or self.mixed_precision != "fp16",
-            "mixed_precision",
-            self.mixed_precision,
-            f"no or bf16 with sharding {self.sharding}",
-        )
+        check(self)
+        whole = self.sharding == "ddp" or self.mixed_precision != "fp16"
+        require(whole, "mixed_precision", self.mixed_precision, f"no or bf16 with sharding {self.sharding}")
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that decide the weights: a checkpoint made under others cannot be continued.

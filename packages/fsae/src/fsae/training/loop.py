@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
-from fsae.data.order import EpochItems, MicroBatches, data_place, derived_generator, derived_seed, order_of
+from fsae.data.order import Cut, EpochItems, MicroBatches, data_place, derived_generator, derived_seed, order_of
 from fsae.devices import avoid_faulty_kernels
 from fsae.errors import CheckpointError, UserError
 from fsae.storage.checkpoint import save_state
@@ -159,8 +159,10 @@ class _Run:
                 f"{processes} processes a part of them; set sharding to ddp, or optimizer.kind to adamw"
             )
         self.data_rank, data_processes = data_place(self.rank, processes, task.ranks_per_sample)
-        cut = (config.seed, config.batch_size, config.gradient_accumulation_steps, data_processes, self.data_rank)
-        self.order = order_of(dataset, *cut)
+        accumulation = config.gradient_accumulation_steps
+        self.order = order_of(
+            dataset, Cut(config.seed, config.batch_size, accumulation, data_processes, self.data_rank)
+        )
         self.dataset, self.collate, self.worker_signals = EpochItems(dataset), collate, WorkerSignals()
         self.settings = {
             "loop": config.result_settings(),

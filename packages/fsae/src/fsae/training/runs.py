@@ -30,27 +30,18 @@ class ClipSettings(Protocol):
     @property
     def loop(self) -> LoopConfig: ...
     @property
-    def frames(self) -> int: ...
-    @property
-    def height(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def stride(self) -> int: ...
+    def clips(self) -> ClipsConfig: ...
     @property
     def validation_data(self) -> str | None: ...
     @property
     def validation_samples(self) -> int: ...
 
 
-def read_samples(
-    config: ClipSettings, dataset: Any = None, validation: Any = None, mixture: ClipsConfig | None = None
-) -> tuple[Any, Any, Any]:
+def read_samples(config: ClipSettings, dataset: Any = None, validation: Any = None) -> tuple[Any, Any, Any]:
     """The samples to train on, those held out, and the batch of these to validate on, None if the run never does.
 
-    A dataset that is given stands for the clips that `config` describes, or that `mixture` does if there is one.
-    Without held-out samples the first training samples are validated on; of a mixture, whose clips differ in size, the
-    first of `config`'s own length and size. Held-out clips are sampled at the mixture's frame rate, by its reader.
+    A dataset that is given stands for the clips that `config` describes. Without held-out samples the first training
+    samples are validated on; of a mixture, whose clips differ in size, the first of `config`'s own length and size.
 
     Raises:
         UserError: the run's folder cannot be made, before a sample is looked at; or the samples' own errors.
@@ -58,15 +49,12 @@ def read_samples(
     check_folder(config.loop.output_dir)
 
     def clips(source: str) -> VideoFolder:
-        size = (config.height, config.width)
-        fps, reader = (None, "pyav") if mixture is None else (mixture.fps, mixture.reader)
-        return VideoFolder(source, config.frames, size, config.stride, config.loop.seed, fps, reader)
+        return VideoFolder(source, config.clips.sampling, config.loop.seed)
 
-    mixed = dataset is None and mixture is not None
-    if dataset is not None:
-        samples = dataset
-    else:
-        samples = clips(config.data) if mixture is None else BucketedClips(mixture, config.loop.seed)
+    samples, mixed = dataset, dataset is None and not config.clips.plain
+    if dataset is None:
+        data, seed = config.data, config.loop.seed
+        samples = BucketedClips(config.clips.mixture(data), seed) if mixed else clips(data)
     if validation is None:
         if config.validation_data is not None:
             validation = clips(config.validation_data)

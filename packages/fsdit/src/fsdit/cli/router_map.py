@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from fsae.bounds import Bound, Count, check
 from fsae.commandline import read_settings
-from fsae.errors import UserError, require
+from fsae.data.config import Frames, Sampling, Side
+from fsae.errors import UserError
 from fsae.storage.files import check_writable
+
+Picture = Annotated[str, Bound("a name that ends in .png", lambda name: Path(name).suffix == ".png")]
 
 
 @dataclass(frozen=True)
@@ -37,27 +41,25 @@ class RouterMapConfig:
     """
 
     model: str
-    output: str
+    output: Picture
     data: str = ""
     autoencoder: str = ""
     encoders: str = ""
     cache: str = ""
-    frames: int = 17
-    height: int = 256
-    width: int = 256
-    stride: int = 1
-    samples: int = 16
-    batch_size: int = 4
-    levels: int = 10
+    frames: Frames = 17
+    height: Side = 256
+    width: Side = 256
+    stride: Count = 1
+    samples: Count = 16
+    batch_size: Count = 4
+    levels: Count = 10
     shift: float = 5.0
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(Path(self.output).suffix == ".png", "output", self.output, "a name that ends in .png")
-        for name in ("samples", "batch_size", "levels"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        check(self)
         if bool(self.data) == bool(self.cache):
             given = "both data and cache are" if self.data else "neither data nor cache is"
             raise UserError(f"{given} given; give the clips to look at as one of the two")
@@ -111,7 +113,8 @@ def _clips(config: RouterMapConfig, model: Any) -> Iterator[Any]:
         cache = CachedLatents(config.cache)
         cache.check_fits(model.config)
         return cached_clips(cache, config.samples, config.batch_size, model.device)
-    clips = VideoFolder(config.data, config.frames, (config.height, config.width), config.stride, config.seed)
+    sampling = Sampling(config.frames, None, config.stride, (config.height, config.width))
+    clips = VideoFolder(config.data, sampling, config.seed)
     autoencoder = FSAE.from_pretrained(config.autoencoder).to(model.device).eval()
     autoencoder.latent_shape(config.frames, config.height, config.width)
     text_encoder, image_encoder = load_encoders(config.encoders, model.config.text_len)

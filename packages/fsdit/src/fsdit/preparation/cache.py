@@ -104,7 +104,7 @@ def make_cache(config: CacheConfig) -> CacheReport:
     check_folder(folder)
     shards.check_place(folder)
     device = choose_device(config.device)
-    clips = BucketedClips(config.clips, config.seed)
+    clips = BucketedClips(config.mixture, config.seed)
     places = list_places(clips, config.clips_per_file)
     header = _header(config, clips, places)
     shards.begin(folder, header)
@@ -161,7 +161,7 @@ def _header(config: CacheConfig, clips: BucketedClips, places: list[Place]) -> s
         autoencoder=fingerprint,
         text_encoder=text_encoder_fingerprint(config.encoders),
         image_encoder=image_encoder_fingerprint(config.encoders),
-        clips=asdict(config.clips),
+        clips=asdict(config.mixture),
         buckets=[
             {
                 "frames": bucket.frames,

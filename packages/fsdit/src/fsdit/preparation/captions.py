@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fsae.data.config import Sampling
 from fsae.data.image import load_image
 from fsae.data.media import Media
 from fsae.data.readers import DamagedVideo, ShortVideo, read_clip
@@ -142,7 +143,8 @@ def sample_frames(media: Media, count: int) -> list[Picture]:
     trouble: UserError | None = None
     for number in range(count):
         try:
-            frames.append(read_clip(media, 1, media.start + (end - media.start) * (number + 0.5) / count)[0][0])
+            start = media.start + (end - media.start) * (number + 0.5) / count
+            frames.append(read_clip(media, Sampling(1), start)[0][0])
         except (DamagedVideo, ShortVideo) as error:
             trouble = error
     if not frames:

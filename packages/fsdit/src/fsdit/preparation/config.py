@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from fsae.data.config import BucketConfig, ClipsConfig, SourceConfig, require_size
+from fsae.bounds import Bound, Count, Folder, Index, Several, Source, Text, Weight, check
+from fsae.data.config import ClipsConfig, Mixture
 from fsae.errors import UserError, require
 
 
@@ -18,14 +19,7 @@ class CacheConfig:
         output: Folder of the cache. What is finished in it stays, and the same command goes on with the rest.
         autoencoder: Folder of the saved FSAE that gives the latents.
         encoders: Folder with text_encoder, tokenizer and image_encoder.
-        frames: Frames of a clip, 1 + 4k; 1 takes images, and single frames of videos.
-        height: Clips are resized and cropped to this height, a multiple of 64.
-        width: The clips' width, a multiple of 64.
-        buckets: Lengths and sizes of the clips, in place of frames, height and width.
-        more_data: Further sources, with their shares beside data, whose share is 1.
-        fps: Sample videos at this frame rate, whatever the file's; null takes every frame of a file.
-        stride: Take every stride-th of these frames.
-        reader: What decodes videos, "pyav" or "decord".
+        clips: What is taken of data, and of more; buckets take the place of frames, height and width.
         clips_per_file: How many clips to take of each file, at places drawn by chance.
         latents: Precision in which latents are kept, "fp16" or "fp32".
         text_len: The most tokens of a caption, the transformer's text_len.
@@ -41,65 +35,47 @@ class CacheConfig:
         verify: Read what is finished as well, and make anew what has changed.
     """
 
-    data: str
-    output: str
-    autoencoder: str
-    encoders: str
-    frames: int = 17
-    height: int = 256
-    width: int = 256
-    buckets: list[BucketConfig] = field(default_factory=list)
-    more_data: list[SourceConfig] = field(default_factory=list)
-    fps: float | None = None
-    stride: int = 1
-    reader: Literal["pyav", "decord"] = "pyav"
-    clips_per_file: int = 1
+    data: Source
+    output: Folder
+    autoencoder: Folder
+    encoders: Folder
+    clips: ClipsConfig = field(default_factory=ClipsConfig)
+    clips_per_file: Count = 1
     latents: Literal["fp16", "fp32"] = "fp16"
-    text_len: int = 512
+    text_len: Several = 512
     prompts: str | None = None
-    shard_size: int = 256
-    batch_size: int = 1
-    memory_gb: float = 0.0
-    readers: int = 2
+    shard_size: Count = 256
+    batch_size: Count = 1
+    memory_gb: Weight = 0.0
+    readers: Count = 2
     device: str | None = None
-    seed: int = 0
+    seed: Index = 0
     rank: int = 0
-    ranks: int = 1
+    ranks: Count = 1
     verify: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("output", "autoencoder", "encoders"):
-            require(bool(getattr(self, name)), name, getattr(self, name), "a folder's path")
-        require(bool(self.data), "data", self.data, "a folder, a list, a tar or a pattern")
-        for name in ("stride", "clips_per_file", "shard_size", "batch_size", "readers", "ranks"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        require(self.text_len >= 2, "text_len", self.text_len, "2 or more")
-        for name in ("memory_gb", "seed"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(self.fps is None or self.fps > 0, "fps", self.fps, "above 0, or null")
-        require(self.latents in ("fp16", "fp32"), "latents", self.latents, '"fp16" or "fp32"')
+        check(self)
         require(0 <= self.rank < self.ranks, "rank", self.rank, f"0 to {self.ranks - 1} with ranks {self.ranks}")
         if self.encoders == "nano":
             raise UserError(
                 'encoders "nano" start with random weights and are trained with the transformer, so that what they '
                 "give cannot be kept; give a folder of trained encoders"
             )
-        if not self.buckets:
-            require_size(self.frames, self.height, self.width)
-        assert self.clips  # whose parts check themselves
 
     @property
-    def clips(self) -> ClipsConfig:
+    def mixture(self) -> Mixture:
         """Sources, buckets, and how videos are sampled."""
-        buckets = self.buckets or [BucketConfig(self.frames, height=self.height, width=self.width)]
-        sources = [SourceConfig(self.data), *self.more_data]
-        return ClipsConfig(sources, buckets, self.fps, self.stride, self.reader)
+        return self.clips.mixture(self.data)
 
 
 PROMPT = (
     "These pictures are frames of one video, in order. Describe the video in one paragraph: what is seen and where, "
     "how it looks, what moves and how, and what the camera does. State only what the pictures show."
 )
+
+Listing = Annotated[str, Bound("a file's name that ends in .jsonl", lambda name: name.lower().endswith(".jsonl"))]
+Pixels = Annotated[int, Bound(f"{56 * 56} or more", lambda count: count >= 56 * 56)]
 
 
 @dataclass(frozen=True)
@@ -119,20 +95,15 @@ class CaptionConfig:
         device: Such as cpu or cuda; null takes the accelerator if there is one.
     """
 
-    data: str
-    output: str
-    model: str
-    frames: int = 8
-    max_pixels: int = 360 * 640
-    prompt: str = PROMPT
-    max_tokens: int = 256
+    data: Text
+    output: Listing
+    model: Text
+    frames: Count = 8
+    max_pixels: Pixels = 360 * 640
+    prompt: Text = PROMPT
+    max_tokens: Count = 256
     keep: bool = True
     device: str | None = None
 
     def __post_init__(self) -> None:
-        require(self.output.lower().endswith(".jsonl"), "output", self.output, "a file's name that ends in .jsonl")
-        for name in ("frames", "max_tokens"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        require(self.max_pixels >= 56 * 56, "max_pixels", self.max_pixels, f"{56 * 56} or more")
-        for name in ("data", "model", "prompt"):
-            require(bool(getattr(self, name).strip()), name, getattr(self, name), "given")
+        check(self)

@@ -6,10 +6,11 @@ One configuration covers pre-training and supervised fine-tuning (paper §2.3.2)
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from fsae.data.config import BucketConfig, ClipsConfig, SourceConfig, require_size
-from fsae.errors import UserError, require
+from fsae.bounds import Count, Positive, Share, Weight, check
+from fsae.data.config import ClipsConfig
+from fsae.errors import UserError
 from fsae.training.config import LoopConfig
 from fsdit.flow.path import FlowSchedule
 
@@ -25,10 +26,7 @@ class FlowMatchingConfig:
         model: A preset's name, or the folder of a saved FSDiT to go on from.
         encoders: Folder with text_encoder, tokenizer and image_encoder, or "nano" for small ones with random weights.
         train_encoders: Train the text and image encoder with the transformer; by default only those that start random.
-        frames: Frames of a clip, 1 + 4k; 1 trains on images.
-        height: Clips are resized and cropped to this height, a multiple of 64.
-        width: As height: their width, a multiple of 64.
-        stride: Take every stride-th frame of a file.
+        clips: What is taken of data, and of more.
         flow: Noise levels: logit-normal with mean and std, then shifted.
         huber_delta: Where the pseudo-Huber loss turns from square to linear, as a root mean square error.
         huber_elements: Take that loss of each element by itself, not of a sample's mean square error; 0.1 then suits
@@ -54,31 +52,23 @@ class FlowMatchingConfig:
     model: str = "nano"
     encoders: str = "nano"
     train_encoders: bool | None = None
-    frames: int = 17
-    height: int = 256
-    width: int = 256
-    stride: int = 1
+    clips: ClipsConfig = field(default_factory=ClipsConfig)
     flow: FlowSchedule = field(default_factory=FlowSchedule)
-    huber_delta: float = 0.25
+    huber_delta: Positive = 0.25
     huber_elements: bool = False
     stills_see_image: bool = False
-    caption_dropout: float = 0.1
-    router_rate: float = 10.0
+    caption_dropout: Share = 0.1
+    router_rate: Weight = 10.0
     gradient_checkpointing: bool = False
-    context_parallel: int = 1
+    context_parallel: Count = 1
     validation_data: str | None = None
-    validation_samples: int = 4
-    validation_steps: int = 20
+    validation_samples: Count = 4
+    validation_steps: Count = 20
     validation_guidance: float = 3.0
-    validation_fps: float = 24.0
+    validation_fps: Positive = 24.0
 
     def __post_init__(self) -> None:
-        require(self.huber_delta > 0, "huber_delta", self.huber_delta, "above 0")
-        require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "in [0, 1]")
-        require(self.router_rate >= 0, "router_rate", self.router_rate, "0 or more")
-        require(self.validation_fps > 0, "validation_fps", self.validation_fps, "above 0")
-        for name in ("context_parallel", "validation_samples", "validation_steps"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        check(self)
         if self.encoders == "nano" and self.train_encoders is False:
             raise UserError(
                 'encoders "nano" start with random weights, but train_encoders is false; '
@@ -103,15 +93,7 @@ class TransformerConfig(FlowMatchingConfig):
         encoders: Folder with text_encoder, tokenizer and image_encoder, or "nano" for small ones with random weights.
             Left out with cache, which holds what they gave.
         cache: Folders that "fsdit cache" made, in place of data.
-        buckets: Lengths and sizes of the clips of data, a mixture by weight, in place of frames, height and width,
-            which then are those of validation. A bucket of one frame trains on images as well.
-        more_data: Further sources, with their shares beside data, whose share is 1.
-        fps: Sample videos at this frame rate, whatever the file's; null takes every frame of a file.
-        reader: What decodes videos, "pyav" or "decord".
         model_options: Values that replace some of the preset's, by name.
-        frames: Frames of a clip, 1 + 4k; 1 trains on images. With cache, of the clips to validate on.
-        height: Clips are resized and cropped to this height, a multiple of 64. With cache as frames.
-        width: As height: their width, a multiple of 64.
         validation_data: Folder or list of held-out clips to validate on, with cache a cache of such; without it, the
             first training clips.
     """
@@ -119,17 +101,10 @@ class TransformerConfig(FlowMatchingConfig):
     data: str = ""
     autoencoder: str = ""
     cache: list[str] = field(default_factory=list)
-    buckets: list[BucketConfig] = field(default_factory=list)
-    more_data: list[SourceConfig] = field(default_factory=list)
-    fps: float | None = None
-    reader: Literal["pyav", "decord"] = "pyav"
     model_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_size(self.frames, self.height, self.width)
-        require(self.fps is None or self.fps > 0, "fps", self.fps, "above 0, or null")
-        require(self.reader in ("pyav", "decord"), "reader", self.reader, '"pyav" or "decord"')
         if self.cache:
             self._check_cache()
 
@@ -137,17 +112,14 @@ class TransformerConfig(FlowMatchingConfig):
         """What a cache has settled already."""
         if self.data:
             raise UserError(f"data is {self.data!r} and cache is {self.cache}; a training reads one of them, give one")
-        settled: dict[str, Any] = {
-            "buckets": [],
-            "more_data": [],
-            "fps": None,
-            "stride": 1,
-            "reader": "pyav",
-            "encoders": "nano",
-        }
-        for name, unset in settled.items():
-            if getattr(self, name) != unset:
-                raise UserError(f"{name} is given with cache, in which all clips are cut and encoded; leave {name} out")
+        unset = ClipsConfig()
+        settled = ("buckets", "more_data", "fps", "stride", "reader")
+        given = [f"clips.{name}" for name in settled if getattr(self.clips, name) != getattr(unset, name)]
+        given += ["encoders"] if self.encoders != "nano" else []
+        if given:
+            raise UserError(
+                f"{given[0]} is given with cache, in which all clips are cut and encoded; leave {given[0]} out"
+            )
         if self.train_encoders:
             raise UserError(
                 "train_encoders is true, but a cache holds what the encoders gave; "
@@ -158,11 +130,3 @@ class TransformerConfig(FlowMatchingConfig):
     def trains_encoders(self) -> bool:
         """Whether text and image encoder are trained: never from a cache, which has no use for them."""
         return not self.cache and super().trains_encoders
-
-    @property
-    def clips(self) -> ClipsConfig | None:
-        """The mixture of clips to train on; None where clips of one length and size come from one source as it is."""
-        if not (self.buckets or self.more_data or self.fps is not None or self.reader != "pyav"):
-            return None
-        buckets = self.buckets or [BucketConfig(self.frames, height=self.height, width=self.width)]
-        return ClipsConfig([SourceConfig(self.data), *self.more_data], buckets, self.fps, self.stride, self.reader)

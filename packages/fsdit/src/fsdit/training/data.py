@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from fsae import FSAE
 from fsae.data.buckets import Bucket, BucketOrder
+from fsae.data.order import Cut
 from fsae.data.sources import Entry
 from fsae.errors import CheckpointError, UserError
 from fsdit.conditioning.encoders import pad_text, resize_for_clip
@@ -201,9 +202,9 @@ class CachedLatents(Dataset[CachedSample]):
         """(C, t, h, w) of each sample's latents."""
         return [sample.shape for sample in self.samples]
 
-    def order(self, seed: int, batch_size: int, accumulation: int, processes: int, rank: int) -> BucketOrder:
+    def order(self, cut: Cut) -> BucketOrder:
         """The order in which a training loop sees the items: each micro-batch is of one bucket, so of one shape."""
-        return BucketOrder(self.buckets, seed, batch_size, accumulation, processes, rank)
+        return BucketOrder(self.buckets, cut)
 
     def collate(self, items: Sequence[CachedSample]) -> dict[str, Any]:
         """A batch of one shape: latents `B C t h w`, text `B text_len D`, image_embedding `B M D'`, caption B."""

@@ -82,7 +82,7 @@ def _read_clips(
         return _read_cache(config, outline, autoencoder, dataset, validation)
     if dataset is None:
         _check_clips(config, autoencoder)
-    clips = _Clips(*read_samples(config, dataset, validation, config.clips))
+    clips = _Clips(*read_samples(config, dataset, validation))
     if dataset is None and is_main_process():
         report_missing_captions(clips.samples.entries)
     return clips
@@ -94,9 +94,8 @@ def _check_clips(config: TransformerConfig, autoencoder: FSAE | None) -> None:
         raise UserError("neither data nor cache is given; give a folder or list of clips, or caches of such")
     if autoencoder is None:
         raise UserError("autoencoder is not given, but the clips of data are encoded as they come; give its folder")
-    sizes = [(bucket.frames, *size) for bucket in config.buckets for size in bucket.sizes()]
-    for frames, height, width in [(config.frames, config.height, config.width), *sizes]:
-        autoencoder.latent_shape(frames, height, width)
+    for shape in config.clips.shapes:
+        autoencoder.latent_shape(*shape)
 
 
 def _read_cache(
@@ -117,13 +116,14 @@ def _read_cache(
 
 def _first_of_size(config: TransformerConfig, cache: CachedLatents) -> dict[str, Any]:
     """A batch of the first cached clips of the length and size that are to be validated on."""
-    wanted = 1 + config.frames // STRIDE, config.height // SIDE, config.width // SIDE
+    frames, height, width = config.clips.shapes[0]
+    wanted = 1 + frames // STRIDE, height // SIDE, width // SIDE
     indices = [index for index, shape in enumerate(cache.shapes) if shape[1:] == wanted]
     if not indices:
         there = sorted({f"{1 + STRIDE * (t - 1)} of {SIDE * w}x{SIDE * h}" for _, t, h, w in cache.shapes})
         raise UserError(
-            f"no clip of the cache has {config.frames} frames of {config.width}x{config.height} pixels to validate on; "
-            f"set frames, height and width to what it has ({', '.join(there)}), or loop.validate_every to 0"
+            f"no clip of the cache has {frames} frames of {width}x{height} pixels to validate on; "
+            f"set clips.frames, height and width to what it has ({', '.join(there)}), or loop.validate_every to 0"
         )
     return cache.collate([cache[index] for index in indices[: config.validation_samples]])
 

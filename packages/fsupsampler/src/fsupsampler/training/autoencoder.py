@@ -11,15 +11,16 @@ from fsupsampler.upsampler import LatentUpsampler
 
 
 def load_autoencoder(config: UpsamplerConfig | RefinerConfig) -> FSAE:
-    """The frozen autoencoder; UserError unless it takes clips of the config's size and of half of it."""
+    """The frozen autoencoder; UserError unless it takes clips of all sizes of the config and of half of them."""
     autoencoder = FSAE.from_pretrained(config.autoencoder).requires_grad_(False)
     step = 2 * autoencoder.spatial_compression
-    if config.height % step or config.width % step:
-        raise UserError(
-            f"clips of {config.width}x{config.height} pixels given; width and height must be multiples of "
-            f"{step}, so that half of them still suits the autoencoder"
-        )
-    autoencoder.latent_shape(config.frames, config.height, config.width)
+    for frames, height, width in config.clips.shapes:
+        if height % step or width % step:
+            raise UserError(
+                f"clips of {width}x{height} pixels given; width and height must be multiples of "
+                f"{step}, so that half of them still suits the autoencoder"
+            )
+        autoencoder.latent_shape(frames, height, width)
     return autoencoder
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from fsae.errors import UserError
+from fsae.bounds import Bound, Count, Decay, Several, Share, Weight, check
+from fsae.data.config import ClipsConfig
+from fsae.errors import UserError, require
 from fsae.training.config import LoopConfig
 from fsdit.flow.path import FlowSchedule
 from fsdit.training.config import FlowMatchingConfig
+
+_RATIOS = Bound("three numbers of at least 0, not all 0", lambda ratios: min(ratios) >= 0 and sum(ratios) > 0)
+Ratios = Annotated[tuple[float, float, float], _RATIOS]
 
 
 @dataclass(frozen=True)
@@ -21,14 +27,13 @@ class UpsamplerLoss:
         perceptual: Of LPIPS on the decoded draft, if its weights are given.
     """
 
-    latent: float = 0.1
-    pixel: float = 0.1
-    perceptual: float = 0.1
+    latent: Weight = 0.1
+    pixel: Weight = 0.1
+    perceptual: Weight = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("latent", "pixel", "perceptual"):
-            _require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "0 or more")
-        _require(self.latent + self.pixel > 0, "loss", self, "above 0 for latent or pixel")
+        check(self, "loss")
+        require(self.latent + self.pixel > 0, "loss", self, "above 0 for latent or pixel")
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,7 @@ class UpsamplerConfig:
         autoencoder: Folder of the saved FSAE that turns clips into latents; it stays as it is.
         loop: The run.
         model: A preset's name, or the folder of a saved LatentUpsampler to go on from.
-        frames: Frames of a clip, 1 + 4k; 1 trains on images.
-        height: Clips are resized and cropped to this height, a multiple of 128: twice the autoencoder's 64.
-        width: As height: their width, a multiple of 128.
-        stride: Take every stride-th frame of a file.
+        clips: What is taken of data, and of more.
         loss: Weights of the loss.
         perceptual_weights: Files (.safetensors or .pth) that together hold LPIPS's trunk and linear heads;
             without them there is no perceptual loss.
@@ -57,18 +59,15 @@ class UpsamplerConfig:
     autoencoder: str
     loop: LoopConfig
     model: str = "nano"
-    frames: int = 17
-    height: int = 256
-    width: int = 256
-    stride: int = 1
+    clips: ClipsConfig = field(default_factory=ClipsConfig)
     loss: UpsamplerLoss = field(default_factory=UpsamplerLoss)
     perceptual_weights: list[str] = field(default_factory=list)
     gradient_checkpointing: bool = False
     validation_data: str | None = None
-    validation_samples: int = 4
+    validation_samples: Count = 4
 
     def __post_init__(self) -> None:
-        _require(self.validation_samples >= 1, "validation_samples", self.validation_samples, "1 or more")
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -83,20 +82,15 @@ class MaskConfig:
         decay: Of the running percentiles of the error.
     """
 
-    low: float = 0.1
-    high: float = 0.9
+    low: Share = 0.1
+    high: Share = 0.9
     scalar: bool = False
     inverted: bool = False
-    decay: float = 0.99
+    decay: Decay = 0.99
 
     def __post_init__(self) -> None:
-        _require(
-            0 <= self.low <= self.high <= 1,
-            "mask low and high",
-            (self.low, self.high),
-            "0 <= low <= high <= 1",
-        )
-        _require(0 <= self.decay < 1, "mask.decay", self.decay, "in [0, 1)")
+        check(self, "mask")
+        require(self.low <= self.high, "mask.low", self.low, f"at most mask.high, {self.high}")
 
 
 @dataclass(frozen=True)
@@ -112,24 +106,15 @@ class RegularizationConfig:
         shuffle_window: Number of neighbours.
     """
 
-    dropout: float = 0.1
-    replacement: float = 0.5
-    replacement_fraction: float = 0.3
-    shuffle: float = 0.5
-    shuffle_ratios: tuple[float, float, float] = (0.6, 0.3, 0.1)
-    shuffle_window: int = 3
+    dropout: Share = 0.1
+    replacement: Share = 0.5
+    replacement_fraction: Share = 0.3
+    shuffle: Share = 0.5
+    shuffle_ratios: Ratios = (0.6, 0.3, 0.1)
+    shuffle_window: Several = 3
 
     def __post_init__(self) -> None:
-        for name in ("dropout", "replacement", "replacement_fraction", "shuffle"):
-            _require(0 <= getattr(self, name) <= 1, f"regularization.{name}", getattr(self, name), "in [0, 1]")
-        valid = min(self.shuffle_ratios) >= 0 and sum(self.shuffle_ratios) > 0
-        _require(
-            valid,
-            "regularization.shuffle_ratios",
-            self.shuffle_ratios,
-            "three numbers of at least 0, not all 0",
-        )
-        _require(self.shuffle_window >= 2, "regularization.shuffle_window", self.shuffle_window, "2 or more")
+        check(self, "regularization")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +127,6 @@ class RefinerConfig(FlowMatchingConfig):
             are.
         model: Folder of the saved FSDiT to start from, best the base model, or a preset's name for random
             weights.
-        height: Clips are resized and cropped to this height, a multiple of 128: twice the autoencoder's 64.
-        width: As height: their width, a multiple of 128.
         flow: Noise levels; larger clips want a larger shift.
         validation_steps: Sampling steps for the validation clips.
         validation_guidance: Their classifier-free guidance; the refiner needs none.
@@ -170,8 +153,3 @@ class RefinerConfig(FlowMatchingConfig):
                 "give encoders as their folder and leave train_encoders out"
             )
         super().__post_init__()
-
-
-def _require(condition: bool, name: str, value: object, accepted: str) -> None:
-    if not condition:
-        raise UserError(f"{name} is {value!r}; it must be {accepted}")
