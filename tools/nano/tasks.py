@@ -20,6 +20,7 @@ from fsae import FSAE
 from fsae.data.order import Cut
 from fsae.evaluation.metrics import psnr
 from fsae.layers.conv import VideoConv3d
+from fsae.layers.matching import Matching
 from fsae.layers.motion import VELOCITY_UNIT, MotionField
 from fsae.losses.perceptual import PerceptualLoss
 from fsae.losses.reconstruction import l1_loss
@@ -222,6 +223,45 @@ def latents_of_frames(model: FSAE, video: Tensor) -> tuple[Tensor, list[Tensor]]
     features, latents = model.encoder.features(as_pictures(frames))
     t = frames.shape[2]
     return as_clips(latents, t), [as_clips(feature, t)[:, :, 0] for feature in features]
+
+
+class MatchingTask(Task):
+    """What the encoder's comparison of frames adds is to say each cell's velocity, in a way that a linear layer reads.
+
+    The layer says how sure it is as well: with e the length of the error and b its expected size, the loss is the
+    density of a Laplace law in the plane, e/b + 2 log b.
+
+    Args:
+        match: the comparison.
+        cell: pixels that its features' cells are wide and high.
+        validation: a batch to validate on.
+    """
+
+    def __init__(self, match: Matching, cell: int, validation: Batch) -> None:
+        self.match, self.cell, self.validation = match, cell, validation
+        self.channels = match.to_out.out_features
+        nn.init.normal_(match.to_out.weight, std=0.05)
+        self.head = nn.Linear(self.channels, 3)
+        self.modules = {"match": match, "head": self.head}
+        self.settings = {"cell": cell}
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """The mean over cells, and of the errors in pixels a latent."""
+        error, size = self._errors(batch)
+        return {"loss": (error / size.exp() + 2 * size).mean(), "pixels": error.detach().mean()}
+
+    def validate(self, step: int) -> dict[str, Tensor]:
+        """The mean error in pixels a latent."""
+        return {"velocity_error": self._errors(self.validation)[0].mean()}
+
+    def _errors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Each cell's error, in pixels, and the logarithm of what was expected of it, `B t h w` without t = 0."""
+        video = batch["video"]
+        frames = self.match.frames(video, self.cell, 1, begun=False)
+        nothing = frames.new_zeros(len(video), self.channels, *frames.shape[2:])
+        made = self.head(self.match(nothing, frames).movedim(1, -1)).movedim(-1, 1).float()[:, :, 1:]
+        truth = velocity(batch["path"], video.shape[3:], made.shape[3:])[:, :, 1:]
+        return (VELOCITY_UNIT * made[:, :2] - truth).norm(dim=1), made[:, 2].clamp(-4, 4)
 
 
 class SeeingTask(Task):

@@ -1,6 +1,7 @@
 """Trains every part of the nano model on the nano world, stage by stage.
 
     python tools/nano/train.py images        # the autoencoder, on single images
+    python tools/nano/train.py matching      # its encoder's comparison of frames
     python tools/nano/train.py seeing        # its encoder learns to see motion
     python tools/nano/train.py following     # its decoder learns to follow motion (can run beside `seeing`)
     python tools/nano/train.py together      # both, end to end
@@ -36,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from captions import caption, knows
 from clips import NanoClips, Plan
 from motion import motion_from_dict
-from tasks import CameraClips, ClipTask, SeeingTask, Weights, loosen, one_item, read_code
+from tasks import CameraClips, ClipTask, MatchingTask, SeeingTask, Weights, loosen, one_item, read_code
 
 from fsae import FSAE
 from fsae.data.config import ClipsConfig
@@ -189,10 +190,22 @@ def images(run: Run) -> None:
     trained.save_pretrained(run.part("images", "autoencoder"))  # type: ignore[operator]
 
 
+def matching(run: Run) -> None:
+    """The encoder's comparison of frames by itself: it is to say what moved where."""
+    encoder = run.autoencoder("images").encoder
+    assert encoder.match is not None
+    optimizer = OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.98))
+    loop = autoencoder_loop("matching", run, optimizer)
+    task = MatchingTask(encoder.match, encoder.outer_stages.cell, run.held_out(17, LOW, 16, every=4))
+    trained = train(task, run.worlds(40, LONG, every=4), loop, one_item).export("match")
+    save_state(trained.state_dict(), run.part("matching", "match.safetensors"))
+
+
 def seeing(run: Run) -> None:
-    """The encoder learns to see motion."""
+    """The encoder learns to see motion, and to say so in its latents."""
     before = run.autoencoder("images")
     model = copy.deepcopy(before)
+    load_state(model.encoder.match, run.part("matching", "match.safetensors"))
     outer = model.encoder.outer_stages.count
     loosen(nn.ModuleList([*model.encoder.stages[outer:], model.encoder.conv_out]))
     loop = autoencoder_loop("seeing", run, OptimizerConfig(learning_rate=6e-4, betas=(0.9, 0.98)))
@@ -440,6 +453,7 @@ def export(run: Run) -> None:
 
 STAGES: dict[str, tuple[Callable[[Run], None], int]] = {
     "images": (images, 20_000),
+    "matching": (matching, 600),
     "seeing": (seeing, 20_000),
     "following": (following, 10_000),
     "together": (together, 20_000),

@@ -1,8 +1,8 @@
 """Seeing motion: what of each latent's frame stood where in the frame of the latent before.
 
 Convolutions in time see motion of less than their reach alone, and learn to from many clips. A small encoder is given
-the comparison itself, as networks for optical flow are (RAFT, arXiv 2003.12039): products of patches of two frames, one
-for each offset in a neighbourhood. An option of ours, off in the paper's presets.
+the comparison itself, as networks for optical flow are (RAFT, arXiv 2003.12039): how well two frames agree at each
+offset in a neighbourhood, and the mean offset that this votes for. An option of ours, off in the paper's presets.
 """
 
 from __future__ import annotations
@@ -14,26 +14,37 @@ from torch import Tensor, nn
 from fsae.streaming import FrameCache
 
 LEVELS = (1, 2, 4)
-"""How much smaller than the finest each grid of patches is."""
+"""How much smaller than the finest each grid is."""
 
-REACH = 3
-"""Cells of each grid, on each side, that a patch is compared with: at the coarsest, 12 of the finest."""
+WINDOWS = (7, 13)
+"""Cells of a grid, across, whose votes are taken together: small ones follow detail, large ones err less."""
 
-# Of a patch's length, colours in [-1, 1]: what differs less than this counts as flat.
-NOISE = 0.1
+REACH = 4
+"""Cells of each grid, on each side, that a cell is compared with: at the coarsest, 16 of the finest."""
+
+SHARPNESS = 40.0
+"""How far the best offset outweighs others."""
+
+DETAIL, LIGHT = 7, 9
+"""Windows about a cell: what is compared is its difference from the mean of one, over the deviation in the other."""
+
+# A deviation, colours in [-1, 1], that counts as flat.
+NOISE = 0.02
 
 
 class Matching(nn.Module):
-    """x + W_2 (SiLU(W_1 c + u) - SiLU(u)),    u = W_0 s + b, where c compares frames and s says what could be told.
+    """x + W_2 (SiLU(W_1 c + u) - SiLU(u)),    u = W_0 s + b, where c says what moved and s how sure that is.
 
-    At each cell p of small frames, a patch k is 3 x 3 of them less their mean, scaled to unit length. Compared with those
-    of the frame before and of its own, at offsets o with |o| <= REACH in h and in w,
+    Of small frames, k(t, p) are the colours at cell p, less their mean nearby and over their deviation nearby. How they
+    agree with those of a frame t' at offsets o, |o| <= REACH in h and in w, is the mean over a window about p of
 
-        s_o(t, p) = < k(t, p), k(t, p + o) >,      c_o(t, p) = < k(t, p), k(t-1, p + o) > - s_o(t, p),
+        a_o(p) = < k(t, p), k(t', p + o) >.
 
-    on grids of the frames at `LEVELS`, the finest of which has 2 x 2 cells for each of x's. Beyond the frame's edge
-    patches count as zero. Where nothing moves c is zero, for pictures and the clip's first frame too: these pass
-    unchanged. W_2 starts at zero.
+    Offsets weighed by softmax(SHARPNESS a) have a mean m and a spread r. Those of the frame with itself, t' = t, are
+    taken from those with the frame before: c = (m_before - m_itself, r_before - r_itself) and s = r_itself, for each of
+    `LEVELS` and `WINDOWS`. The finest grid has 2 x 2 cells for each of x's. Beyond the frame's edge k counts as zero.
+    Where nothing moves c is zero, for pictures and the clip's first frame too: these pass unchanged. W_2 starts at
+    zero.
 
     Args:
         channels: of the features.
@@ -44,9 +55,9 @@ class Matching(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        offsets = len(LEVELS) * (2 * REACH + 1) ** 2
-        self.context = nn.Linear(offsets, channels)
-        self.hidden = nn.Linear(offsets, channels, bias=False)
+        ways = len(LEVELS) * len(WINDOWS)
+        self.context = nn.Linear(ways, channels)
+        self.hidden = nn.Linear(3 * ways, channels, bias=False)
         self.to_out = nn.Linear(channels, channels, bias=False)
         nn.init.zeros_(self.to_out.weight)
 
@@ -76,47 +87,63 @@ class Matching(nn.Module):
         if cache is not None:
             cache[self] = frames[:, :, -1:]
         line = torch.cat([before, frames], dim=2).transpose(1, 2)
-        small = F.pixel_shuffle(line.flatten(0, 1), 2)
-        own, moved = [], []
-        for level in LEVELS:
-            at_itself, change = _compared(_patches(small, level).unflatten(0, line.shape[:2]))
-            own.append(_on_grid(at_itself, x.shape[3:]))
-            moved.append(_on_grid(change, x.shape[3:]))
-        known = self.context(torch.cat(own, dim=2).movedim(2, -1).to(x.dtype))
-        found = self.hidden(torch.cat(moved, dim=2).movedim(2, -1).to(x.dtype))
+        votes, sure = self._seen(line, x.shape[3:])
+        known = self.context(sure.movedim(2, -1).to(x.dtype))
+        found = self.hidden(votes.movedim(2, -1).to(x.dtype))
         made: Tensor = self.to_out(F.silu(found + known) - F.silu(known))
         return x + made.movedim(-1, 1)
 
-
-def _patches(small: Tensor, level: int) -> Tensor:
-    """Frames `N 3 2h 2w` -> patches `N 27 h' w'` on their grid made `level` times smaller, at least fp32."""
-    small = small.to(torch.promote_types(small.dtype, torch.float32))
-    smaller = F.avg_pool2d(small, level)
-    patch = F.unfold(F.pad(smaller, (1, 1, 1, 1), mode="replicate"), 3).unflatten(2, smaller.shape[2:])
-    patch = patch - patch.mean(1, keepdim=True)
-    return patch * torch.rsqrt(patch.square().sum(1, keepdim=True) + NOISE**2)
-
-
-def _compared(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Patches `B 1+t k h w` -> s and c, `B t offsets h w` each, of all frames but the first."""
-    here, height, width = patches[:, 1:], *patches.shape[3:]
-    around = F.pad(patches.flatten(0, 1), (REACH,) * 4).unflatten(0, patches.shape[:2])
-    own, before = [], []
-    for row in range(2 * REACH + 1):
-        for column in range(2 * REACH + 1):
-            there = around[..., row : row + height, column : column + width]
-            own.append((here * there[:, 1:]).sum(2))
-            before.append((here * there[:, :-1]).sum(2))
-    s = torch.stack(own, dim=2)
-    return s, torch.stack(before, dim=2) - s
+    @staticmethod
+    @torch.no_grad()
+    def _seen(line: Tensor, grid: torch.Size) -> tuple[Tensor, Tensor]:
+        """Small frames `B 1+t 12 h w` -> c and s of all but the first, `B t channels h w`: nothing to be learned."""
+        # Autocast would have halves, which are too coarse for differences of agreements.
+        with torch.autocast(line.device.type, enabled=False):
+            small = F.pixel_shuffle(line.flatten(0, 1).to(torch.promote_types(line.dtype, torch.float32)), 2)
+            moved, sure = [], []
+            for level in LEVELS:
+                keys = _keys(F.avg_pool2d(small, level)).unflatten(0, line.shape[:2])
+                itself, before = _agreement(keys[:, 1:], keys[:, 1:]), _agreement(keys[:, 1:], keys[:, :-1])
+                for window in WINDOWS:
+                    own = _vote(nearby(itself, window))
+                    moved.append(_on_grid(_vote(nearby(before, window)) - own, grid))
+                    sure.append(_on_grid(own[:, 2:], grid))
+            shape = (*line.shape[:1], line.shape[1] - 1)
+            return torch.cat(moved, dim=1).unflatten(0, shape), torch.cat(sure, dim=1).unflatten(0, shape)
 
 
-def _on_grid(values: Tensor, size: torch.Size) -> Tensor:
-    """Maps `B t n h' w'` on a grid finer or coarser by a whole number, as `B t n h w`."""
-    flat = values.flatten(0, 1)
-    ratio = flat.shape[-1] // size[1]
-    if ratio > 1:
-        flat = F.avg_pool2d(flat, ratio)
-    elif flat.shape[2:] != size:
-        flat = F.interpolate(flat, size=size, mode="nearest")
-    return flat.unflatten(0, values.shape[:2])
+def _keys(small: Tensor) -> Tensor:
+    """Frames `N 3 h w` -> k, of the same shape."""
+    detail = small - nearby(small, DETAIL)
+    return detail * torch.rsqrt(nearby(detail.square().sum(1, keepdim=True), LIGHT) + NOISE**2)
+
+
+def nearby(x: Tensor, window: int) -> Tensor:
+    """Means of maps `N C h w` over windows about each cell, as far as they lie in the frame; rows, then columns."""
+    rows = F.avg_pool2d(x, (window, 1), 1, (window // 2, 0), count_include_pad=False)
+    return F.avg_pool2d(rows, (1, window), 1, (0, window // 2), count_include_pad=False)
+
+
+def _agreement(here: Tensor, there: Tensor) -> Tensor:
+    """k of frames and of those they are compared with, `B t 3 h w` each -> products `B·t offsets h w`."""
+    height, width = here.shape[3:]
+    here, around = here.flatten(0, 1), F.pad(there.flatten(0, 1), (REACH,) * 4)
+    side = range(2 * REACH + 1)
+    found = [(here * around[..., row : row + height, column : column + width]).sum(1) for row in side for column in side]
+    return torch.stack(found, dim=1)
+
+
+def _vote(agreement: Tensor) -> Tensor:
+    """`N offsets h w` -> the offsets' mean, row before column, and spread, `N 3 h w`, as shares of `REACH`."""
+    weights = torch.softmax(SHARPNESS * agreement, dim=1)
+    place = torch.linspace(-1, 1, 2 * REACH + 1, device=weights.device, dtype=weights.dtype)
+    offsets = torch.cartesian_prod(place, place)
+    mean = torch.einsum("nohw,ok->nkhw", weights, offsets)
+    spread = torch.einsum("nohw,o->nhw", weights, offsets.square().sum(1)) - mean.square().sum(1)
+    return torch.cat([mean, spread.unsqueeze(1)], dim=1)
+
+
+def _on_grid(values: Tensor, grid: torch.Size) -> Tensor:
+    """Maps `N n h' w'` on a grid finer or coarser by a whole number, on x's."""
+    ratio = values.shape[-1] // grid[1]
+    return F.avg_pool2d(values, ratio) if ratio else F.interpolate(values, size=grid, mode="nearest")
