@@ -376,8 +376,6 @@ def test_what_does_not_fit_is_refused_before_the_model_is_built(
         ({"cache": ["a"], "fps": 24.0}, "leave fps out"),
         ({"cache": ["a"], "stride": 2}, "leave stride out"),
         ({"cache": ["a"], "buckets": [BucketConfig(1, 4096)]}, "leave buckets out"),
-        ({"cache": ["a"], "encoders": "b"}, "leave encoders out"),
-        ({"cache": ["a"], "train_encoders": True}, "leave train_encoders out"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(changes: dict[str, Any], reason: str) -> None:

@@ -22,12 +22,10 @@ from fsdit import FSDiT
 from fsdit.conditioning import FlowBatch, ImageEncoder, TextEncoder, first_frame_condition, nano_tokenizer
 from fsdit.conditioning.nano import nano_image_encoder, nano_text_encoder
 from fsdit.flow.path import FlowSchedule
-from fsdit.training.data import CachedClips
 from fsupsampler import LatentUpsampler
 from fsupsampler.refiner import DynamicMask, deviation_latents, refiner_condition
 from fsupsampler.training import refiner as training
 from fsupsampler.training.config import MaskConfig, RefinerConfig, RegularizationConfig
-from fsupsampler.training.data import CachedPairs
 from fsupsampler.training.refiner import RefinerTask, train_refiner
 from fsupsampler.upsampler import nearest_upsample
 
@@ -86,15 +84,14 @@ def upsampler() -> LatentUpsampler:
     return model.eval()
 
 
-def pairs(count: int = 32, mismatched: bool = False) -> CachedPairs:
+def pairs(count: int = 32, mismatched: bool = False) -> list[dict[str, Any]]:
     """Clips in which only the low latents tell what comes after frame 0."""
     low = torch.randn(count, 4, 3, 1, 1, generator=torch.Generator().manual_seed(0))
     high = nearest_upsample(low)
     if mismatched:
         low = low.roll(1, dims=0)
-    images = torch.zeros(count, 3, 64, 64)
-    captions = ["a"] * count
-    return CachedPairs(CachedClips(low, captions, images), CachedClips(high, captions, images))
+    image = torch.zeros(3, 64, 64)
+    return [{"low": a, "high": b, "caption": "a", "image": image} for a, b in zip(low, high, strict=True)]
 
 
 def batch(count: int = 4) -> dict[str, Any]:

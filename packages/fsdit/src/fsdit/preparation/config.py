@@ -13,11 +13,17 @@ from fsae.errors import UserError, require
 class CacheConfig:
     """Clips encoded once: their latents, and the embeddings of their captions and first frames.
 
+    Without encoders the cache keeps captions and first frames themselves, for a training that brings its encoders, and
+    trains them if it likes.
+
     Attributes:
         data: Folder of videos and images, or a .jsonl or .csv list with the columns path and caption.
         output: Folder of the cache. What is finished in it stays, and the same command goes on with the rest.
         autoencoder: Folder of the saved FSAE that gives the latents.
-        encoders: Folder with text_encoder, tokenizer and image_encoder.
+        encoders: Folder with text_encoder, tokenizer and image_encoder; empty keeps captions and first frames as they
+            are.
+        pairs: Keep of each clip the latents of its half-size copy as well, for the upsampler and the refiner. Sides are
+            then multiples of 128.
         frames: Frames of a clip, 1 + 4k; 1 takes images, and single frames of videos.
         height: Clips are resized and cropped to this height, a multiple of 64.
         width: The clips' width, a multiple of 64.
@@ -29,6 +35,7 @@ class CacheConfig:
         clips_per_file: How many clips to take of each file, at places drawn by chance.
         latents: Precision in which latents are kept, "fp16" or "fp32".
         text_len: The most tokens of a caption, the transformer's text_len.
+        image_size: Without encoders, the side of the first frames that are kept: the image encoder's image_size.
         prompts: Folder of prompt embeddings to use and to add to; null is OUTPUT/prompts.
         shard_size: Samples in a file.
         batch_size: Clips of one size that are encoded together.
@@ -44,7 +51,8 @@ class CacheConfig:
     data: str
     output: str
     autoencoder: str
-    encoders: str
+    encoders: str = ""
+    pairs: bool = False
     frames: int = 17
     height: int = 256
     width: int = 256
@@ -56,6 +64,7 @@ class CacheConfig:
     clips_per_file: int = 1
     latents: Literal["fp16", "fp32"] = "fp16"
     text_len: int = 512
+    image_size: int = 64
     prompts: str | None = None
     shard_size: int = 256
     batch_size: int = 1
@@ -68,10 +77,10 @@ class CacheConfig:
     verify: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("output", "autoencoder", "encoders"):
+        for name in ("output", "autoencoder"):
             require(bool(getattr(self, name)), name, getattr(self, name), "a folder's path")
         require(bool(self.data), "data", self.data, "a folder, a list, a tar or a pattern")
-        for name in ("stride", "clips_per_file", "shard_size", "batch_size", "readers", "ranks"):
+        for name in ("stride", "clips_per_file", "shard_size", "batch_size", "readers", "ranks", "image_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(self.text_len >= 2, "text_len", self.text_len, "2 or more")
         for name in ("memory_gb", "seed"):
@@ -82,7 +91,7 @@ class CacheConfig:
         if self.encoders == "nano":
             raise UserError(
                 'encoders "nano" start with random weights and are trained with the transformer, so that what they '
-                "give cannot be kept; give a folder of trained encoders"
+                "give cannot be kept; leave encoders out, or give a folder of trained ones"
             )
         if not self.buckets:
             require_size(self.frames, self.height, self.width)

@@ -101,7 +101,7 @@ class TransformerConfig(FlowMatchingConfig):
         autoencoder: Folder of the saved FSAE that turns clips into latents; it stays as it is. With cache it is only
             needed to see validation samples.
         encoders: Folder with text_encoder, tokenizer and image_encoder, or "nano" for small ones with random weights.
-            Left out with cache, which holds what they gave.
+            Left out with a cache that holds what they gave.
         cache: Folders that "fsdit cache" made, in place of data.
         buckets: Lengths and sizes of the clips of data, a mixture by weight, in place of frames, height and width,
             which then are those of validation. A bucket of one frame trains on images as well.
@@ -143,21 +143,10 @@ class TransformerConfig(FlowMatchingConfig):
             "fps": None,
             "stride": 1,
             "reader": "pyav",
-            "encoders": "nano",
         }
         for name, unset in settled.items():
             if getattr(self, name) != unset:
                 raise UserError(f"{name} is given with cache, in which all clips are cut and encoded; leave {name} out")
-        if self.train_encoders:
-            raise UserError(
-                "train_encoders is true, but a cache holds what the encoders gave; "
-                "give data in place of cache, or leave train_encoders out"
-            )
-
-    @property
-    def trains_encoders(self) -> bool:
-        """Whether text and image encoder are trained: never from a cache, which has no use for them."""
-        return not self.cache and super().trains_encoders
 
     @property
     def clips(self) -> ClipsConfig | None:

@@ -6,6 +6,7 @@ import numpy as np
 
 from fsae import FSAE
 from fsae.errors import UserError
+from fsdit.preparation.pairs import check_pair_size
 from fsupsampler.training.config import RefinerConfig, UpsamplerConfig
 from fsupsampler.upsampler import LatentUpsampler
 
@@ -13,12 +14,7 @@ from fsupsampler.upsampler import LatentUpsampler
 def load_autoencoder(config: UpsamplerConfig | RefinerConfig) -> FSAE:
     """The frozen autoencoder; UserError unless it takes clips of the config's size and of half of it."""
     autoencoder = FSAE.from_pretrained(config.autoencoder).requires_grad_(False)
-    step = 2 * autoencoder.spatial_compression
-    if config.height % step or config.width % step:
-        raise UserError(
-            f"clips of {config.width}x{config.height} pixels given; width and height must be multiples of "
-            f"{step}, so that half of them still suits the autoencoder"
-        )
+    check_pair_size(autoencoder, config.height, config.width)
     autoencoder.latent_shape(config.frames, config.height, config.width)
     return autoencoder
 
