@@ -63,9 +63,10 @@ def configuration(films: Path, parts: Path, output: Path, **changes: Any) -> Tra
 
 
 def cached(films: Path, parts: Path, output: Path, **changes: Any) -> Path:
-    settings = {"frames": 5, "height": 64, "width": 64, "text_len": 32, "latents": "fp32", "device": "cpu", **changes}
-    data = {"data": str(films / "clips.jsonl"), "autoencoder": str(parts / "autoencoder")}
-    make_cache(CacheConfig(output=str(output), encoders=str(parts / "encoders"), **{**data, **settings}))
+    settings = {"frames": 5, "height": 64, "width": 64, "text_len": 32, "latents": "fp32", "device": "cpu"}
+    made_by = {"autoencoder": str(parts / "autoencoder"), "encoders": str(parts / "encoders")}
+    made_of = {"data": str(films / "clips.jsonl"), **made_by, **settings, **changes}
+    make_cache(CacheConfig(output=str(output), **made_of))
     return output
 
 
@@ -118,6 +119,26 @@ def test_from_a_cache_no_encoder_is_read(
     assert not torch.equal(trained.head.head.weight, FSDiT.from_pretrained(parts / "transformer").head.head.weight)
     assert trained.head.head.weight.abs().sum() > 0
     assert not (tmp_path / "run" / "samples").exists()
+
+
+def test_from_a_cache_without_embeddings_encoders_are_trained(films: Path, parts: Path, tmp_path: Path) -> None:
+    plain = cached(films, parts, tmp_path / "plain", encoders="")
+    FSDiT(**{**FSDiT.load_config(parts / "transformer"), "text_dim": 128, "image_dim": 128}).save_pretrained(
+        tmp_path / "dit"  # as wide as the nano encoders
+    )
+    config = configuration(films, parts, tmp_path / "run", cache=[str(plain)], model=str(tmp_path / "dit"))
+    folders = train_transformer(config)
+    assert [folder.name for folder in folders] == ["transformer", "text_encoder", "image_encoder", "tokenizer"]
+
+
+def test_encoders_beside_their_embeddings_are_refused(films: Path, parts: Path, cache: Path, tmp_path: Path) -> None:
+    config = configuration(films, parts, tmp_path / "run", cache=[str(cache)])
+    for changes in ({"encoders": str(parts / "encoders")}, {"train_encoders": True}):
+        with pytest.raises(UserError, match="holds what encoders gave; leave them out"):
+            train_transformer(replace(config, **changes))
+    pairs = cached(films, parts, tmp_path / "pairs", encoders="", pairs=True, height=128, width=128)
+    with pytest.raises(UserError, match="holds pairs of latents"):
+        train_transformer(replace(config, cache=[str(pairs)]))
 
 
 # --- from files

@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from fsae import FSAE
+from fsae.data.config import BucketConfig
 from fsae.errors import UserError
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
+from fsdit.preparation.cache import make_cache
+from fsdit.preparation.config import CacheConfig
 from fsdit.preparation.pairs import encode_pair, halve
 from fsupsampler import LatentUpsampler
 from fsupsampler.training.config import UpsamplerConfig, UpsamplerLoss
@@ -212,6 +216,30 @@ def test_from_videos_to_a_saved_upsampler(tmp_path: Path) -> None:
     trained, start = LatentUpsampler.from_pretrained(folder), LatentUpsampler.from_pretrained(tmp_path / "up")
     assert not torch.equal(trained.conv_out.weight, start.conv_out.weight)
     assert list((tmp_path / "run" / "validation").glob("*drafts.png"))
+
+
+def test_from_a_cache_of_pairs_of_several_sizes(tmp_path: Path) -> None:
+    config = settings(tmp_path, loss=LATENTS_ONLY)
+    (tmp_path / "pictures").mkdir()
+    for k in range(3):
+        Image.new("RGB", (128, 128), (80 * k, 0, 90)).save(tmp_path / "pictures" / f"{k}.png")
+    sizes = [BucketConfig(1, height=128, width=side) for side in (128, 256)]
+    made: dict[str, Any] = {"data": str(tmp_path / "pictures"), "buckets": sizes, "device": "cpu"}
+    made |= {"autoencoder": str(tmp_path / "fsae"), "latents": "fp32", "pairs": True}
+    make_cache(CacheConfig(output=str(tmp_path / "pairs"), **made))
+    config = replace(config, data=str(tmp_path / "pairs"))
+    (folder,) = train_upsampler(config)
+    trained, start = LatentUpsampler.from_pretrained(folder), LatentUpsampler.from_pretrained(tmp_path / "up")
+    assert not torch.equal(trained.conv_out.weight, start.conv_out.weight)
+
+    with pytest.raises(UserError, match="no videos to compare with; set loss.pixel to 0"):
+        train_upsampler(replace(config, loss=UpsamplerLoss()))
+    make_cache(CacheConfig(output=str(tmp_path / "single"), **{**made, "pairs": False}))
+    with pytest.raises(UserError, match="holds no pairs of latents; make one by 'fsdit cache'"):
+        train_upsampler(replace(config, data=str(tmp_path / "single")))
+    tiny_autoencoder(latents_mean=[0.5] * 4).save_pretrained(tmp_path / "fsae")
+    with pytest.raises(UserError, match="made with another autoencoder"):
+        train_upsampler(replace(config, model=str(tmp_path / "up")))
 
 
 def test_a_preset_takes_the_autoencoders_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

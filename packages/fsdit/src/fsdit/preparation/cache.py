@@ -263,9 +263,7 @@ def encode_batch(
     return {**values, "image_embedding": image_encoder(video[:, :, 0]).cpu()}
 
 
-def _sample(
-    clips: BucketedClips, prompts: PromptCache | None, clip: Clip, sizes: list[Tensor]
-) -> shards.SampleRecord:
+def _sample(clips: BucketedClips, prompts: PromptCache | None, clip: Clip, sizes: list[Tensor]) -> shards.SampleRecord:
     """What is known of a clip; the largest of its latents are the last."""
     place, entry = clip.place, clips.entry(clip.place.item)
     if not all(bool(latents.isfinite().all()) for latents in sizes):
