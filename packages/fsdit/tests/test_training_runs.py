@@ -139,6 +139,9 @@ def test_encoders_beside_their_embeddings_are_refused(films: Path, parts: Path, 
     pairs = cached(films, parts, tmp_path / "pairs", encoders="", pairs=True, height=128, width=128)
     with pytest.raises(UserError, match="holds pairs of latents"):
         train_transformer(replace(config, cache=[str(pairs)]))
+    plain = cached(films, parts, tmp_path / "plain", encoders="")
+    with pytest.raises(UserError, match="plain was cached with another text encoder than"):
+        train_transformer(replace(config, validation_data=str(plain)))
 
 
 # --- from files

@@ -48,7 +48,6 @@ from fsdit.preparation.prompts import PromptCache
 from fsdit.training.data import report_missing_captions
 
 _DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
-_LATENTS = ("low", "high", "latents")
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 In = TypeVar("In")
@@ -236,7 +235,7 @@ def _encode(
                 encoded = encode_batch(config, autoencoder, image_encoder, batch)
                 for clip, *parts in zip(batch, *encoded.values(), strict=True):
                     values = dict(zip(encoded, parts, strict=True))
-                    sample = _sample(clips, prompts, clip, [values[name] for name in values if name in _LATENTS])
+                    sample = _sample(clips, prompts, clip, values)
                     samples.append(sample)
                     if prompts:
                         values["text"] = prompts.require(sample.caption).rows
@@ -263,9 +262,11 @@ def encode_batch(
     return {**values, "image_embedding": image_encoder(video[:, :, 0]).cpu()}
 
 
-def _sample(clips: BucketedClips, prompts: PromptCache | None, clip: Clip, sizes: list[Tensor]) -> shards.SampleRecord:
-    """What is known of a clip; the largest of its latents are the last."""
+def _sample(
+    clips: BucketedClips, prompts: PromptCache | None, clip: Clip, values: dict[str, Tensor]
+) -> shards.SampleRecord:
     place, entry = clip.place, clips.entry(clip.place.item)
+    sizes = [values[name] for name in ("low", "high", "latents") if name in values]
     if not all(bool(latents.isfinite().all()) for latents in sizes):
         raise UserError(
             f"the latents of {entry.media} are not finite numbers in {_NAMES[sizes[0].dtype]}; keep them in fp32, or "

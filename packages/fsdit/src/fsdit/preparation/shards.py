@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -293,13 +293,6 @@ def read_shard(folder: Path, number: int) -> Shard:
     if (size := path.stat().st_size) != shard.size:
         raise CheckpointError(f"{path} is cut short or changed: it has {size} bytes, not {shard.size}; {again}")
     return shard
-
-
-def verify_shards(folder: Path, shards: Sequence[Shard]) -> Iterator[Path]:
-    """The files whose content is not what was written, by their hashes; reads everything."""
-    for number, shard in enumerate(shards):
-        if _sha256(shard_path(folder, number)) != shard.sha256:
-            yield shard_path(folder, number)
 
 
 def read_empty(folder: Path) -> Tensor:

@@ -71,8 +71,6 @@ class CachedLatents(Dataset[dict[str, Any]]):
     Args:
         folders: The cache, or several that were made with the same autoencoder and encoders; each then has its share
             of the samples in proportion to its length.
-        autoencoder: `fsae.transcoding.fingerprints.encoder_fingerprint` of the autoencoder that the latents must be of;
-            None takes any.
 
     Attributes:
         pairs: Whether the latents are `low` and `high`.
@@ -83,19 +81,17 @@ class CachedLatents(Dataset[dict[str, Any]]):
         samples: What is known of each sample: path, span, caption, shape.
 
     Raises:
-        UserError: a folder is no cache or an unfinished one, a shard is missing or cut short, two caches do not belong
-            together, or the autoencoder is another one.
+        UserError: a folder is no cache or an unfinished one, a shard is missing or cut short, or two caches do not
+            belong together.
     """
 
-    def __init__(self, folders: PathLike | Sequence[PathLike], autoencoder: str | None = None) -> None:
+    def __init__(self, folders: PathLike | Sequence[PathLike]) -> None:
         given: Sequence[PathLike] = [folders] if isinstance(folders, str | os.PathLike) else folders
         self.folders = [Path(folder) for folder in given]
         if not self.folders:
             raise UserError("no cache is given; give a folder that 'fsdit cache' made")
         self.headers = [shards.read_header(folder) for folder in self.folders]
-        self._check_made_alike()
-        if autoencoder is not None:
-            self.check_autoencoder(autoencoder)
+        self.check_made_alike(self)
         self.text_len, self.pairs = self.headers[0].text_len, self.headers[0].pairs
         self.empty_text = shards.read_empty(self.folders[0]) if self.headers[0].text_encoder else None
         self.samples: list[shards.SampleRecord] = []
@@ -234,14 +230,17 @@ class CachedLatents(Dataset[dict[str, Any]]):
             CheckpointError: a file has changed.
         """
         for folder, header in zip(self.folders, self.headers, strict=True):
-            for path in shards.verify_shards(folder, [shards.read_shard(folder, n) for n in range(header.shards)]):
-                raise CheckpointError(
-                    f"{path} is damaged; run its 'fsdit cache' again with verify, which makes it anew"
-                )
+            for number in range(header.shards):
+                if shards.finished_shard(folder, number, verify=True) is None:
+                    path = shards.shard_path(folder, number)
+                    raise CheckpointError(
+                        f"{path} is damaged; run its 'fsdit cache' again with verify, which makes it anew"
+                    )
 
-    def _check_made_alike(self) -> None:
+    def check_made_alike(self, other: CachedLatents) -> None:
+        """Refuse folders of another data set that were not made as this one's first."""
         first = self.headers[0]
-        for folder, header in zip(self.folders, self.headers, strict=True):
+        for folder, header in zip(other.folders, other.headers, strict=True):
             for name in ("autoencoder", "text_encoder", "image_encoder", "text_len", "pairs", "image_size"):
                 if getattr(header, name) != getattr(first, name):
                     raise UserError(
@@ -303,16 +302,15 @@ def read_cache(
 ) -> Samples:
     """What a cache holds, once it is known to be of the autoencoder, and to hold `pairs` or none.
 
-    Without samples held out they are those of the cache `config.validation_data`, or of this one.
+    The samples held out, if not given, are those of the cache `config.validation_data`, or this one's.
     """
     check_folder(config.loop.output_dir)
     if held_out is None:
         held_out = CachedLatents(config.validation_data) if config.validation_data else cache
-    fingerprint = None if autoencoder is None else encoder_fingerprint(autoencoder)
-    for part in (cache, held_out):
-        part.check_pairs(pairs)
-        if fingerprint is not None:
-            part.check_autoencoder(fingerprint)
+    cache.check_pairs(pairs)
+    cache.check_made_alike(held_out)
+    if autoencoder is not None:
+        cache.check_autoencoder(encoder_fingerprint(autoencoder))
     empty = None if cache.empty_text is None else pad_text([cache.empty_text], cache.text_len)[0]
     batch = held_out.first_of_size(config) if config.loop.validate_every else None
     return Samples(cache, held_out, batch, cache.collate, empty)

@@ -60,10 +60,8 @@ def _read_clips(
     if dataset is None and config.cache:
         dataset = CachedLatents(config.cache)
     if isinstance(dataset, CachedLatents):
-        clips = read_cache(config, dataset, validation, autoencoder)
-        for part in (clips.samples, clips.held_out):
-            part.check_fits(outline.config)
-        return clips
+        dataset.check_fits(outline.config)
+        return read_cache(config, dataset, validation, autoencoder)
     if dataset is None:
         _check_clips(config, autoencoder)
     clips = Samples(*read_samples(config, dataset, validation, config.clips))

@@ -127,9 +127,8 @@ def train_refiner(config: RefinerConfig, dataset: Any = None, validation: Any = 
     base = None if config.base is None else FSDiT.from_pretrained(config.base).requires_grad_(False)
     pairs = read_pairs(config, autoencoder, dataset, validation)
     if isinstance(pairs.samples, CachedLatents):
-        for part in (pairs.samples, pairs.held_out):
-            part.check_fits(refiner.config)
-            part.check_encoders(config.encoders)
+        pairs.samples.check_fits(refiner.config)
+        pairs.samples.check_encoders(config.encoders)
     elif dataset is None and is_main_process():
         report_missing_captions(pairs.samples.entries)
     encoders: tuple[TextEncoder | None, ImageEncoder | None] = (None, None)
