@@ -26,6 +26,7 @@ from tasks import (
     recorded_velocity,
     without_code,
 )
+from train import Recaptioned, SizedClips
 from velocity import CODE_CHANNELS, between, centres, motion_code, velocity
 
 from fsae import FSAE
@@ -33,6 +34,8 @@ from fsae.data.order import Cut
 from fsae.layers.motion import VELOCITY_UNIT, MotionField
 from fsae.storage.files import read_json
 from fsae.weights.inflation import inflate
+from fsdit.preparation.cache import make_cache
+from fsdit.preparation.config import CacheConfig
 from fsvideo_pipeline import FSVideoPipeline
 
 MOTIONS = [Motion("pan left", 0.2), Motion("zoom in", 1.3, ease=0.4), Motion("roll", 15.0), Motion("still")]
@@ -167,6 +170,26 @@ def test_the_camera_is_told_only_where_it_is_asked_for() -> None:
                 task = ClipTask(model, Weights(alone=0.0, told=told), batch)
                 made[told, shift] = task.loss(batch, torch.Generator().manual_seed(0))["l1"].item()
     assert made[1.0, 0.0] == made[1.0, 5.0] and made[0.0, 0.0] != made[0.0, 5.0]
+
+
+def test_kept_clips_are_told_in_new_words_in_every_epoch(tmp_path: Path) -> None:
+    nano().save_pretrained(tmp_path / "autoencoder")
+    worlds = [
+        (NanoClips("train", 5, size, texture_probability=1.0, photographs=[], seed=3), count)
+        for size, count in (((64, 64), 3), ((64, 128), 1))
+    ]
+    clips = SizedClips(worlds)
+    config = CacheConfig("the nano world", str(tmp_path / "latents"), str(tmp_path / "autoencoder"), device="cpu")
+    make_cache(config, clips)
+    data = Recaptioned(tmp_path / "latents")
+    assert [shape[1:] for shape in data.shapes] == [(2, 1, 1)] * 3 + [(2, 1, 2)]
+    assert [bucket.share for bucket in data.buckets] == [3, 1]
+    with torch.no_grad():
+        latents = nano().eval().encode(worlds[0][0][2]["video"][None])[0]
+    assert (data[2]["latents"] - latents).abs().mean() < 0.05 * latents.abs().mean()  # what 8 bits lose
+    told = {data.sample(0, epoch)["caption"] for epoch in range(8)}
+    assert len(told) > 4 and data.sample(0, 3)["caption"] == data.sample(0, 3)["caption"]
+    assert all(plan.motion.kind for _, plan in clips.plans) and not any(words.startswith("{") for words in told)
 
 
 @pytest.mark.slow

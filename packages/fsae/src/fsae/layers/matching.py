@@ -26,7 +26,7 @@ NOISE = 0.1
 class Matching(nn.Module):
     """x + W_2 (SiLU(W_1 c + u) - SiLU(u)),    u = W_0 s + b, where c compares frames and s says what could be told.
 
-    At each cell p of small frames, a patch k is 3 x 3 of them less their mean, scaled to unit length. Compared with those
+    At each cell p of small frames, a patch k is 3 x 3 of them less their mean, made of length 1. Compared with those
     of the frame before and of its own, at offsets o with |o| <= REACH in h and in w,
 
         s_o(t, p) = < k(t, p), k(t, p + o) >,      c_o(t, p) = < k(t, p), k(t-1, p + o) > - s_o(t, p),

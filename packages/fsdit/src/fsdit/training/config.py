@@ -91,7 +91,7 @@ class TransformerConfig(FlowMatchingConfig):
         autoencoder: Folder of the saved FSAE that turns clips into latents; it stays as it is. With cache it is only
             needed to see validation samples.
         encoders: Folder with text_encoder, tokenizer and image_encoder, or "nano" for small ones with random weights.
-            Left out with cache, which holds what they gave.
+            Left out with a cache that holds what they gave.
         cache: Folders that "fsdit cache" made, in place of data.
         model_options: Values that replace some of the preset's, by name.
         validation_data: Folder or list of held-out clips to validate on, with cache a cache of such; without it, the
@@ -105,28 +105,5 @@ class TransformerConfig(FlowMatchingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.cache:
-            self._check_cache()
-
-    def _check_cache(self) -> None:
-        """What a cache has settled already."""
-        if self.data:
+        if self.cache and self.data:
             raise UserError(f"data is {self.data!r} and cache is {self.cache}; a training reads one of them, give one")
-        unset = ClipsConfig()
-        settled = ("buckets", "more_data", "fps", "stride", "reader")
-        given = [f"clips.{name}" for name in settled if getattr(self.clips, name) != getattr(unset, name)]
-        given += ["encoders"] if self.encoders != "nano" else []
-        if given:
-            raise UserError(
-                f"{given[0]} is given with cache, in which all clips are cut and encoded; leave {given[0]} out"
-            )
-        if self.train_encoders:
-            raise UserError(
-                "train_encoders is true, but a cache holds what the encoders gave; "
-                "give data in place of cache, or leave train_encoders out"
-            )
-
-    @property
-    def trains_encoders(self) -> bool:
-        """Whether text and image encoder are trained: never from a cache, which has no use for them."""
-        return not self.cache and super().trains_encoders

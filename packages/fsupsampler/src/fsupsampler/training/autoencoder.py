@@ -6,6 +6,7 @@ import numpy as np
 
 from fsae import FSAE
 from fsae.errors import UserError
+from fsdit.preparation.pairs import check_pair_size
 from fsupsampler.training.config import RefinerConfig, UpsamplerConfig
 from fsupsampler.upsampler import LatentUpsampler
 
@@ -13,13 +14,8 @@ from fsupsampler.upsampler import LatentUpsampler
 def load_autoencoder(config: UpsamplerConfig | RefinerConfig) -> FSAE:
     """The frozen autoencoder; UserError unless it takes clips of all sizes of the config and of half of them."""
     autoencoder = FSAE.from_pretrained(config.autoencoder).requires_grad_(False)
-    step = 2 * autoencoder.spatial_compression
     for frames, height, width in config.clips.shapes:
-        if height % step or width % step:
-            raise UserError(
-                f"clips of {width}x{height} pixels given; width and height must be multiples of "
-                f"{step}, so that half of them still suits the autoencoder"
-            )
+        check_pair_size(autoencoder, height, width)
         autoencoder.latent_shape(frames, height, width)
     return autoencoder
 

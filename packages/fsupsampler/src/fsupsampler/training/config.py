@@ -41,7 +41,8 @@ class UpsamplerConfig:
     """Training of LatentUpsampler on one's own videos, each paired with its half-size copy (paper §2.4.1).
 
     Attributes:
-        data: Folder of videos and images, or a .jsonl or .csv list with the column path.
+        data: Folder of videos and images, or a .jsonl or .csv list with the column path; or a folder that
+            "fsdit cache" made with pairs, whose clips have their own lengths and sizes.
         autoencoder: Folder of the saved FSAE that turns clips into latents; it stays as it is.
         loop: The run.
         model: A preset's name, or the folder of a saved LatentUpsampler to go on from.
@@ -50,8 +51,8 @@ class UpsamplerConfig:
         perceptual_weights: Files (.safetensors or .pth) that together hold LPIPS's trunk and linear heads;
             without them there is no perceptual loss.
         gradient_checkpointing: Recompute each block in the backward pass to save memory.
-        validation_data: Folder or list of held-out clips to validate on; without it, the first training
-            clips.
+        validation_data: Folder or list of held-out clips to validate on, with a cache a cache of such; without it,
+            the first training clips.
         validation_samples: Clips to validate on.
     """
 
@@ -122,6 +123,8 @@ class RefinerConfig(FlowMatchingConfig):
     """Training of the refiner, an FSDiT at twice the base model's size (paper §2.4.2).
 
     Attributes:
+        data: Folder of videos and images, or a .jsonl or .csv list with the columns path and caption; or a folder
+            that "fsdit cache" made with pairs, whose clips have their own lengths and sizes.
         upsampler: Folder of the saved LatentUpsampler that makes the drafts; it stays as it is.
         encoders: Folder with the base model's text_encoder, tokenizer and image_encoder; they stay as they
             are.
