@@ -17,7 +17,6 @@ from motion import Motion, camera_path
 from tasks import (
     CameraClips,
     ClipTask,
-    Lessons,
     SeeingTask,
     Weights,
     latents_of_frames,
@@ -120,17 +119,11 @@ def test_loosened_taps_leave_pictures_as_they_were_and_clips_not() -> None:
     assert (after[1] - before[1]).abs().max() > 1e-2
 
 
-def test_lessons_begin_easily_and_items_come_in_turn() -> None:
+def test_items_of_several_worlds_come_in_turn() -> None:
     worlds = [NanoClips("train", n, (64, 64), texture_probability=1.0, photographs=[]) for n in (1, 5)]
-    easy, hard = CameraClips([worlds[0]], [2]), CameraClips(worlds, [1, 3])
-    lessons = Lessons(easy, hard, 2)
-    assert [tuple(lessons.sample(i)["video"].shape[:3]) for i in range(4)] == [
-        (2, 3, 1),
-        (2, 3, 1),
-        (1, 3, 1),
-        (3, 3, 5),
-    ]
-    assert lessons.order(Cut(0, 1, 1, 1, 0)).micro_batch(7, 0) == [(7,)]
+    mixed = CameraClips(worlds, [1, 3])
+    assert [tuple(mixed[i]["video"].shape[:3]) for i in range(3)] == [(1, 3, 1), (3, 3, 5), (1, 3, 1)]
+    assert mixed.order(Cut(0, 1, 1, 1, 0)).micro_batch(7, 0) == [(7,)]
 
 
 def test_what_is_held_of_the_encoder_stays_and_the_truth_costs_nothing() -> None:

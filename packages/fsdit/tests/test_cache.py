@@ -31,7 +31,6 @@ from fsae.data.order import Cut, EpochItems, MicroBatches, order_of
 from fsae.data.sources import Entry
 from fsae.data.video import read_video, to_video_tensor, write_video
 from fsae.errors import UserError
-from fsae.transcoding.fingerprints import encoder_fingerprint
 from fsdit.cli import main
 from fsdit.conditioning import load_encoders, nano_tokenizer
 from fsdit.conditioning.encoders import pad_text
@@ -158,7 +157,6 @@ def test_holds_what_encoding_on_the_fly_gives(world: Path, whole: Path) -> None:
     assert len(starts) > 2  # clips of one file start at different places
     with torch.no_grad():
         assert torch.equal(pad_text([data.empty_text], TEXT_LEN), text([""]).embeddings)
-    data.verify()
 
 
 def test_half_precision_is_that_of_the_latents_alone(world: Path, whole: Path, tmp_path: Path) -> None:
@@ -181,7 +179,7 @@ def test_pairs_are_a_clip_and_its_half_size_copy(world: Path, whole: Path, tmp_p
     config = settings(world, tmp_path / "pairs", buckets=PAIRS, pairs=True, prompts=str(whole / "prompts"))
     cache.make_cache(config)
     data, autoencoder = CachedLatents(tmp_path / "pairs"), FSAE.from_pretrained(world / "autoencoder").eval()
-    clips = BucketedClips(config.mixture)
+    clips = BucketedClips(config.clips.mixture(config.data))
     assert len(data) == 18 and set(data[0]) == {"low", "high", "text", "image_embedding", "caption"}
     for index in (0, 3, 8, 17):
         video = to_video_tensor(torch.from_numpy(clips.read(index // 2, index % 2)[0]))[None]
@@ -457,9 +455,9 @@ def test_another_autoencoder_or_encoder_is_refused(world: Path, whole: Path, tmp
         with pytest.raises(UserError, match=f"is a cache that differs in its {names}; give what it was made with"):
             cache.make_cache(settings(world, **{**alike, **changes}))
     data = CachedLatents(whole)
-    data.check_autoencoder(encoder_fingerprint(FSAE.from_pretrained(world / "autoencoder")))
+    data.check_autoencoder(FSAE.from_pretrained(world / "autoencoder"))
     with pytest.raises(UserError, match="made with another autoencoder than the one that is given"):
-        data.check_autoencoder(encoder_fingerprint(other))
+        data.check_autoencoder(other)
 
 
 def test_several_caches_are_one(world: Path, whole: Path, tmp_path: Path) -> None:
@@ -499,9 +497,7 @@ def test_damage_is_named(world: Path, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="shard-00002.safetensors is missing; run"):
         CachedLatents(folder)
     shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    data = CachedLatents(folder)  # its size is right
-    with pytest.raises(UserError, match="shard-00002.safetensors is damaged"):
-        data.verify()
+    CachedLatents(folder)  # its size is right
     assert cache.make_cache(settings(world, folder)).made == 0
     assert cache.make_cache(settings(world, folder, verify=True)).made == 1
     assert content(folder) == content(whole)
@@ -635,8 +631,8 @@ def test_batches_by_loader_processes(whole: Path) -> None:
 
 def test_items_of_the_clips_are_those_of_the_list(world: Path) -> None:
     """`list_places` counts along with the clips' own items."""
-    config = settings(world, world, more_data=[SourceConfig(str(world / "picture.jsonl"), weight=2.0)]).mixture
-    clips = BucketedClips(config)
+    config = settings(world, world, more_data=[SourceConfig(str(world / "picture.jsonl"), weight=2.0)])
+    clips = BucketedClips(config.clips.mixture(config.data))
     places = cache.list_places(clips, 2)
     assert [place.number for place in places] == list(range(len(places))) and len(places) == 2 * len(clips)
     assert [place.item for place in places[::2]] == list(range(len(clips)))

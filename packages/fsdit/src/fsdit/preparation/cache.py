@@ -111,7 +111,7 @@ def make_cache(config: CacheConfig, clips: Any = None) -> CacheReport:
     shards.check_place(folder)
     device = choose_device(config.device)
     if clips is None:
-        clips = BucketedClips(config.mixture, config.seed)
+        clips = BucketedClips(config.clips.mixture(config.data), config.seed)
     places = list_places(clips, config.clips_per_file)
     header = _header(config, clips, places)
     shards.begin(folder, header)
@@ -168,7 +168,7 @@ def _header(config: CacheConfig, clips: BucketedClips, places: list[Place]) -> s
         autoencoder=fingerprint,
         text_encoder=text_encoder_fingerprint(config.encoders) if config.encoders else "",
         image_encoder=image_encoder_fingerprint(config.encoders) if config.encoders else "",
-        clips=asdict(config.mixture),
+        clips=asdict(config.clips.mixture(config.data)),
         buckets=[
             {
                 "frames": bucket.frames,

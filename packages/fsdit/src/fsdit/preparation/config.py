@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fsae.bounds import Bound, Count, Folder, Index, Several, Source, Text, Weight, check
-from fsae.data.config import ClipsConfig, Mixture
+from fsae.data.config import ClipsConfig
 from fsae.errors import UserError, require
 
 
@@ -71,11 +71,6 @@ class CacheConfig:
                 'encoders "nano" start with random weights and are trained with the transformer, so that what they '
                 "give cannot be kept; leave encoders out, or give a folder of trained ones"
             )
-
-    @property
-    def mixture(self) -> Mixture:
-        """Sources, buckets, and how videos are sampled."""
-        return self.clips.mixture(self.data)
 
 
 PROMPT = (

@@ -35,7 +35,7 @@ from fsae.data.order import Cut
 from fsae.data.sources import Entry
 from fsae.errors import CheckpointError, UserError
 from fsae.storage.files import check_folder
-from fsae.training.runs import ClipSettings
+from fsae.training.config import ClipTrainingConfig
 from fsae.transcoding.fingerprints import encoder_fingerprint
 from fsdit.conditioning.encoders import pad_text
 from fsdit.conditioning.folders import image_encoder_fingerprint, text_encoder_fingerprint
@@ -155,7 +155,7 @@ class CachedLatents(Dataset[dict[str, Any]]):
             batch[name] = torch.stack(batch[name])
         return {**batch, "text": pad_text(batch["text"], self.text_len)} if "text" in batch else batch
 
-    def first_of_size(self, config: ClipSettings) -> dict[str, Any]:
+    def first_of_size(self, config: ClipTrainingConfig) -> dict[str, Any]:
         """A batch of the first clips of the length and size that are to be validated on.
 
         Raises:
@@ -172,13 +172,9 @@ class CachedLatents(Dataset[dict[str, Any]]):
             )
         return self.collate([self[index] for index in indices[: config.validation_samples]])
 
-    def check_autoencoder(self, fingerprint: str) -> None:
-        """Refuse latents of another autoencoder.
-
-        Args:
-            fingerprint: `fsae.transcoding.fingerprints.encoder_fingerprint`.
-        """
-        if self.headers[0].autoencoder != fingerprint:
+    def check_autoencoder(self, autoencoder: FSAE) -> None:
+        """Refuse latents of another autoencoder."""
+        if self.headers[0].autoencoder != encoder_fingerprint(autoencoder):
             raise UserError(
                 f"the cache {self.folders[0]} was made with another autoencoder than the one that is given; give the "
                 "one it was made with, or make a cache with this one"
@@ -224,20 +220,6 @@ class CachedLatents(Dataset[dict[str, Any]]):
             raise UserError(
                 f"the cache {self.folders[0]} holds {what}; make one by 'fsdit cache' {with_or_without} --pairs true"
             )
-
-    def verify(self) -> None:
-        """Read everything and compare it with its hashes.
-
-        Raises:
-            CheckpointError: a file has changed.
-        """
-        for folder, header in zip(self.folders, self.headers, strict=True):
-            for number in range(header.shards):
-                if shards.finished_shard(folder, number, verify=True) is None:
-                    path = shards.shard_path(folder, number)
-                    raise CheckpointError(
-                        f"{path} is damaged; run its 'fsdit cache' again with verify, which makes it anew"
-                    )
 
     def check_made_alike(self, other: CachedLatents) -> None:
         """Refuse folders of another data set that were not made as this one's first."""
@@ -300,7 +282,7 @@ class Samples:
 
 
 def read_cache(
-    config: ClipSettings, cache: CachedLatents, held_out: Any, autoencoder: FSAE | None, *, pairs: bool = False
+    config: ClipTrainingConfig, cache: CachedLatents, held_out: Any, autoencoder: FSAE | None, *, pairs: bool = False
 ) -> Samples:
     """What a cache holds, once it is known to be of the autoencoder, and to hold `pairs` or none.
 
@@ -321,7 +303,7 @@ def read_cache(
     cache.check_pairs(pairs)
     cache.check_made_alike(held_out)
     if autoencoder is not None:
-        cache.check_autoencoder(encoder_fingerprint(autoencoder))
+        cache.check_autoencoder(autoencoder)
     empty = None if cache.empty_text is None else pad_text([cache.empty_text], cache.text_len)[0]
     batch = held_out.first_of_size(config) if config.loop.validate_every else None
     return Samples(cache, held_out, batch, cache.collate, empty)

@@ -9,7 +9,6 @@ import torch
 
 from fsae import FSAE
 from fsae.errors import UserError
-from fsae.storage.files import check_folder
 from fsae.training.loop import TrainingResult, train
 from fsae.training.runs import is_main_process, read_samples, report_end, save_parts
 from fsdit.conditioning.encoders import ImageEncoder, TextEncoder
@@ -34,7 +33,6 @@ def train_transformer(config: TransformerConfig, dataset: Any = None, validation
         The saved folders; none if a signal stopped the run, which then can be resumed.
     """
     loop = config.loop
-    check_folder(loop.output_dir)
     outline = _outline(config)
     autoencoder = _autoencoder(config)
     clips = _read_clips(config, outline, autoencoder, dataset, validation)

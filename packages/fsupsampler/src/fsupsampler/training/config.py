@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from fsae.bounds import Bound, Count, Decay, Several, Share, Weight, check
-from fsae.data.config import ClipsConfig
+from fsae.bounds import Bound, Decay, Several, Share, Weight, check
 from fsae.errors import UserError, require
-from fsae.training.config import LoopConfig
+from fsae.training.config import ClipTrainingConfig
 from fsdit.flow.path import FlowSchedule
 from fsdit.training.config import FlowMatchingConfig
 
@@ -36,39 +35,25 @@ class UpsamplerLoss:
         require(self.latent + self.pixel > 0, "loss", self, "above 0 for latent or pixel")
 
 
-@dataclass(frozen=True)
-class UpsamplerConfig:
+@dataclass(frozen=True, kw_only=True)
+class UpsamplerConfig(ClipTrainingConfig):
     """Training of LatentUpsampler on one's own videos, each paired with its half-size copy (paper §2.4.1).
 
     Attributes:
         data: Folder of videos and images, or a .jsonl or .csv list with the column path; or a folder that
             "fsdit cache" made with pairs, whose clips have their own lengths and sizes.
         autoencoder: Folder of the saved FSAE that turns clips into latents; it stays as it is.
-        loop: The run.
         model: A preset's name, or the folder of a saved LatentUpsampler to go on from.
-        clips: What is taken of data, and of more.
         loss: Weights of the loss.
         perceptual_weights: Files (.safetensors or .pth) that together hold LPIPS's trunk and linear heads;
             without them there is no perceptual loss.
-        gradient_checkpointing: Recompute each block in the backward pass to save memory.
         validation_data: Folder or list of held-out clips to validate on, with a cache a cache of such; without it,
             the first training clips.
-        validation_samples: Clips to validate on.
     """
 
-    data: str
     autoencoder: str
-    loop: LoopConfig
-    model: str = "nano"
-    clips: ClipsConfig = field(default_factory=ClipsConfig)
     loss: UpsamplerLoss = field(default_factory=UpsamplerLoss)
     perceptual_weights: list[str] = field(default_factory=list)
-    gradient_checkpointing: bool = False
-    validation_data: str | None = None
-    validation_samples: Count = 4
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Training pairs: a clip's latents and those of its half-size copy (paper §2.4.1).
+"""Training pairs: a clip's latents and those of its half-size copy (paper §2.4.1), by a frozen autoencoder.
 
 A sample is either a clip (`fsae.data.datasets.VideoFolder`), which the training halves and encodes on the fly, or a
 pair that `fsdit cache --pairs true` encoded beforehand: `{"low": C t h w, "high": C t 2h 2w, "caption": str}` with
@@ -9,15 +9,33 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from fsae import FSAE
 from fsae.errors import UserError
 from fsae.training.runs import read_samples
-from fsdit.preparation.pairs import encode_pair
+from fsdit.preparation.pairs import check_pair_size, encode_pair
 from fsdit.preparation.shards import is_cache
 from fsdit.training.data import CachedLatents, Samples, read_cache
 from fsupsampler.training.config import RefinerConfig, UpsamplerConfig
+from fsupsampler.upsampler import LatentUpsampler
+
+
+def load_autoencoder(config: UpsamplerConfig | RefinerConfig) -> FSAE:
+    """The frozen autoencoder; UserError unless it takes clips of all sizes of the config and of half of them."""
+    autoencoder = FSAE.from_pretrained(config.autoencoder).requires_grad_(False)
+    for frames, height, width in config.clips.shapes:
+        check_pair_size(autoencoder, height, width)
+        autoencoder.latent_shape(frames, height, width)
+    return autoencoder
+
+
+def check_statistics(upsampler: LatentUpsampler, autoencoder: FSAE) -> None:
+    """UserError unless the upsampler un-normalises latents as the autoencoder normalises them."""
+    for name in ("latent_channels", "latents_mean", "latents_std"):
+        if not np.array_equal(upsampler.config[name], autoencoder.config[name]):
+            raise UserError(f"the upsampler's {name} is not the autoencoder's; give parts that belong together")
 
 
 def latent_pair(batch: Any, autoencoder: FSAE | None) -> tuple[Tensor, Tensor]:

@@ -21,9 +21,8 @@ from fsdit.training.data import CachedLatents, report_missing_captions
 from fsdit.training.task import FlowMatchingTask
 from fsupsampler.refiner import DynamicMask, RunningMask, deviation_latents, refiner_condition
 from fsupsampler.regularization import regularize
-from fsupsampler.training.autoencoder import check_statistics, load_autoencoder
 from fsupsampler.training.config import RefinerConfig
-from fsupsampler.training.data import latent_pair, read_pairs
+from fsupsampler.training.data import check_statistics, latent_pair, load_autoencoder, read_pairs
 from fsupsampler.upsampler import LatentUpsampler
 
 

@@ -18,9 +18,8 @@ from fsae.training.logs import frame_grid
 from fsae.training.loop import Task, train
 from fsae.training.runs import report_end, save_parts
 from fsdit.training.data import CachedLatents, to_device_of
-from fsupsampler.training.autoencoder import check_statistics, load_autoencoder
 from fsupsampler.training.config import UpsamplerConfig, UpsamplerLoss
-from fsupsampler.training.data import latent_pair, read_pairs
+from fsupsampler.training.data import check_statistics, latent_pair, load_autoencoder, read_pairs
 from fsupsampler.upsampler import LatentUpsampler, nearest_upsample
 
 
