@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from fsae.bounds import Bound, Decay, Several, Share, Weight, check
+from fsae.bounds import Bound, Count, Decay, Several, Share, Weight, check
 from fsae.errors import UserError, require
 from fsae.training.config import ClipTrainingConfig
 from fsdit.flow.path import FlowSchedule
@@ -127,7 +127,7 @@ class RefinerConfig(FlowMatchingConfig):
     upsampler: str
     encoders: str = field()
     flow: FlowSchedule = field(default_factory=lambda: FlowSchedule(shift=8.0))
-    validation_steps: int = 8
+    validation_steps: Count = 8
     validation_guidance: float = 1.0
     mask: MaskConfig = field(default_factory=MaskConfig)
     regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
