@@ -17,7 +17,6 @@ from motion import Motion, camera_path
 from tasks import (
     CameraClips,
     ClipTask,
-    Lessons,
     SeeingTask,
     Weights,
     latents_of_frames,
@@ -26,6 +25,7 @@ from tasks import (
     recorded_velocity,
     without_code,
 )
+from train import Recaptioned, SizedClips
 from velocity import CODE_CHANNELS, between, centres, motion_code, velocity
 
 from fsae import FSAE
@@ -33,6 +33,8 @@ from fsae.data.order import Cut
 from fsae.layers.motion import VELOCITY_UNIT, MotionField
 from fsae.storage.files import read_json
 from fsae.weights.inflation import inflate
+from fsdit.preparation.cache import make_cache
+from fsdit.preparation.config import CacheConfig
 from fsvideo_pipeline import FSVideoPipeline
 
 MOTIONS = [Motion("pan left", 0.2), Motion("zoom in", 1.3, ease=0.4), Motion("roll", 15.0), Motion("still")]
@@ -117,29 +119,22 @@ def test_loosened_taps_leave_pictures_as_they_were_and_clips_not() -> None:
     assert (after[1] - before[1]).abs().max() > 1e-2
 
 
-def test_lessons_begin_easily_and_items_come_in_turn() -> None:
+def test_items_of_several_worlds_come_in_turn() -> None:
     worlds = [NanoClips("train", n, (64, 64), texture_probability=1.0, photographs=[]) for n in (1, 5)]
-    easy, hard = CameraClips([worlds[0]], [2]), CameraClips(worlds, [1, 3])
-    lessons = Lessons(easy, hard, 2)
-    assert [tuple(lessons.sample(i)["video"].shape[:3]) for i in range(4)] == [
-        (2, 3, 1),
-        (2, 3, 1),
-        (1, 3, 1),
-        (3, 3, 5),
-    ]
-    assert lessons.order(Cut(0, 1, 1, 1, 0)).micro_batch(7, 0) == [(7,)]
+    mixed = CameraClips(worlds, [1, 3])
+    assert [tuple(mixed[i]["video"].shape[:3]) for i in range(3)] == [(1, 3, 1), (3, 3, 5), (1, 3, 1)]
+    assert mixed.order(Cut(0, 1, 1, 1, 0)).micro_batch(7, 0) == [(7,)]
 
 
-def test_what_is_held_of_the_encoder_stays_and_the_truth_costs_nothing() -> None:
-    model = nano()
-    task = SeeingTask(model, nano().requires_grad_(False), clips(5, 64, 1))
-    batch = clips(5, 64, 2)
-    with torch.no_grad():
-        model.encoder.stages[1].blocks[0].conv1.weight.add_(0.1)
-        terms = task.loss(batch, torch.Generator())
-    conv, total = next((c, t) for c, t in task.held if c is model.encoder.stages[1].blocks[0].conv1)
-    torch.testing.assert_close(conv.weight.sum(2), total, rtol=1e-4, atol=1e-5)
+def test_seeing_is_learned_by_the_inner_stages_from_every_fourth_frame() -> None:
+    model, world = nano(), NanoClips("train", 5, (64, 64), texture_probability=1.0, photographs=[], seed=3)
+    batch = CameraClips([world], [2], every=4)[0]
+    terms = SeeingTask(model, nano().requires_grad_(False), batch).loss(batch, torch.Generator())
+    assert batch["video"].shape[2] == 2 and batch["path"].shape[1] == 5
     assert terms["first"] < 1e-3 and terms["code"] > 0
+    terms["loss"].backward()
+    moved = {name.split(".")[1] for name, p in model.encoder.stages.named_parameters(prefix="s") if p.grad is not None}
+    assert moved == {str(i) for i in range(model.encoder.outer_stages.count, len(model.encoder.stages))}
 
 
 def test_a_decoder_that_reads_the_code_knows_how_things_move() -> None:
@@ -167,6 +162,26 @@ def test_the_camera_is_told_only_where_it_is_asked_for() -> None:
                 task = ClipTask(model, Weights(alone=0.0, told=told), batch)
                 made[told, shift] = task.loss(batch, torch.Generator().manual_seed(0))["l1"].item()
     assert made[1.0, 0.0] == made[1.0, 5.0] and made[0.0, 0.0] != made[0.0, 5.0]
+
+
+def test_kept_clips_are_told_in_new_words_in_every_epoch(tmp_path: Path) -> None:
+    nano().save_pretrained(tmp_path / "autoencoder")
+    worlds = [
+        (NanoClips("train", 5, size, texture_probability=1.0, photographs=[], seed=3), count)
+        for size, count in (((64, 64), 3), ((64, 128), 1))
+    ]
+    clips = SizedClips(worlds)
+    config = CacheConfig("the nano world", str(tmp_path / "latents"), str(tmp_path / "autoencoder"), device="cpu")
+    make_cache(config, clips)
+    data = Recaptioned(tmp_path / "latents")
+    assert [shape[1:] for shape in data.shapes] == [(2, 1, 1)] * 3 + [(2, 1, 2)]
+    assert [bucket.share for bucket in data.buckets] == [3, 1]
+    with torch.no_grad():
+        latents = nano().eval().encode(worlds[0][0][2]["video"][None])[0]
+    assert (data[2]["latents"] - latents).abs().mean() < 0.05 * latents.abs().mean()  # what 8 bits lose
+    told = {data.sample(0, epoch)["caption"] for epoch in range(8)}
+    assert len(told) > 4 and data.sample(0, 3)["caption"] == data.sample(0, 3)["caption"]
+    assert all(plan.motion.kind for _, plan in clips.plans) and not any(words.startswith("{") for words in told)
 
 
 @pytest.mark.slow

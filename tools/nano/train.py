@@ -28,9 +28,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -40,8 +39,11 @@ from motion import motion_from_dict
 from tasks import CameraClips, ClipTask, MatchingTask, SeeingTask, Weights, loosen, one_item, read_code
 
 from fsae import FSAE
+from fsae.data.buckets import Bucket
 from fsae.data.config import ClipsConfig
-from fsae.data.order import Cut, DataOrder
+from fsae.data.media import Media
+from fsae.data.sources import Entry
+from fsae.data.video import to_frames
 from fsae.losses.perceptual import PerceptualLoss
 from fsae.stages.task import measure_latent_statistics
 from fsae.storage.checkpoint import load_state, save_state
@@ -51,15 +53,15 @@ from fsae.training.loop import train
 from fsae.weights.inflation import inflate
 from fsae.weights.initialization import start_small
 from fsdit.conditioning import load_encoders
-from fsdit.conditioning.encoders import resize_for_clip
 from fsdit.flow.path import FlowSchedule
 from fsdit.model import FSDiT
+from fsdit.preparation.cache import make_cache
+from fsdit.preparation.config import CacheConfig
 from fsdit.training.config import TransformerConfig
-from fsdit.training.data import LatentClip
+from fsdit.training.data import CachedLatents
 from fsdit.training.run import train_transformer
 from fsupsampler.refiner import DynamicMask
 from fsupsampler.training.config import RefinerConfig, UpsamplerConfig, UpsamplerLoss
-from fsupsampler.training.data import LatentPair, halve
 from fsupsampler.training.refiner import train_refiner
 from fsupsampler.training.upsampler import train_upsampler
 from fsupsampler.upsampler import LatentUpsampler
@@ -261,103 +263,65 @@ PAIR_SIZES = [(HIGH, HIGH, 90), (HIGH, 384, 30), (384, HIGH, 30), (384, 640, 14)
 """Those of the clips that upsampler and refiner learn from, at the larger of both sizes."""
 
 
-class Recaptioned:
-    """Encoded clips of several sizes, each batch of one size, each clip told in new words in every epoch.
+class SizedClips:
+    """Clips of several sizes for `make_cache`, each size as often as it has clips; for a caption, what happens in each.
 
     Args:
-        groups: by size, `low` and, for pairs, `high` latents `M C t h w`, and `image`, first frames `M 3 S S`.
-        plans: what happens in each clip of each group.
+        worlds: of each size, its clips and how many of them to take.
     """
 
-    def __init__(self, groups: list[dict[str, Tensor]], plans: list[list[dict[str, Any]]]) -> None:
-        self.groups, self.plans = groups, plans
+    def __init__(self, worlds: Sequence[tuple[NanoClips, int]]) -> None:
+        self.plans = [(clips, clips.plan(index)) for clips, count in worlds for index in range(count)]
+        self.entries = [Entry(Media(Path(str(n))), told(plan)) for n, (_, plan) in enumerate(self.plans)]
+        self.buckets: list[Bucket] = []
+        for clips, count in worlds:
+            first = sum(map(len, self.buckets))
+            share = count / len(self.plans)
+            self.buckets.append(Bucket(clips.frames, clips.size, None, share, first, [(1.0, list(range(count)))]))
 
-    def __len__(self) -> int:
-        return sum(map(len, self.plans))
+    def entry(self, index: int) -> Entry:
+        """What a clip is called, and what happens in it."""
+        return self.entries[index]
 
-    def order(self, cut: Cut) -> SizeOrder:
-        """Batches of one size each; a size comes as often as it has clips."""
-        samples = cut.batch * cut.accumulation * cut.processes
-        return SizeOrder([len(plans) for plans in self.plans], cut.seed, samples, cut.batch)
+    def read(self, index: int, epoch: int) -> tuple[NDArray[np.uint8], tuple[float, float]]:
+        """A clip, uint8 `T H W 3`, the same in every epoch; it has no place in a file."""
+        clips, plan = self.plans[index]
+        return to_frames(clips.render(plan)).numpy(), (0.0, 0.0)
 
-    def words(self, plan: dict[str, Any], index: int, epoch: int) -> str:
-        """A caption of the clip, new in each epoch."""
-        return caption(np.random.default_rng((index, epoch)), motion_from_dict(plan["motion"]), sprite=plan["sprite"])
 
-    def sample(self, group: int, index: int, epoch: int) -> LatentClip | LatentPair:
+def told(plan: Plan) -> str:
+    """What a caption is made of, as JSON."""
+    return json.dumps({"motion": plan.motion.as_dict(), "sprite": plan.sprite.clause if plan.sprite else None})
+
+
+class Recaptioned(CachedLatents):
+    """What `cache` wrote, each clip told in new words in every epoch."""
+
+    def sample(self, index: int, epoch: int) -> dict[str, Any]:
         """One clip's latents, under the names that its training expects."""
-        values = {name: tensor[index].float() for name, tensor in self.groups[group].items()}
-        if "high" not in values:
-            values["latents"] = values.pop("low")
-        words = self.words(self.plans[group][index], index, epoch)
-        return {**values, "caption": words}  # type: ignore[typeddict-item, return-value]
-
-
-class SizeOrder:
-    """One process's batches: a size drawn by (seed, step) in proportion to its clips, then clips of it in turn."""
-
-    def __init__(self, lengths: Sequence[int], seed: int, samples: int, batch_size: int) -> None:
-        self.lengths, self.seed, self.samples, self.batch_size = lengths, seed, samples, batch_size
-        self.orders = [DataOrder(length, Cut(seed + group)) for group, length in enumerate(lengths)]
-
-    def position(self, step: int) -> tuple[int, int]:
-        """(epoch, offset) of a step's first sample."""
-        return divmod(step * self.samples, sum(self.lengths))
-
-    def micro_batch(self, step: int, micro: int) -> list[tuple[int, int, int]]:
-        """(group, index, epoch) of each sample; never more of a group than it has clips."""
-        rng = np.random.default_rng((self.seed, step, micro))
-        group = int(rng.choice(len(self.lengths), p=np.array(self.lengths) / sum(self.lengths)))
-        count = min(self.batch_size, self.lengths[group])
-        first = int(rng.integers(1_000_000)) * count
-        return [(group, *self.orders[group].entry(number)) for number in range(first, first + count)]
-
-
-def described(plan: Plan) -> dict[str, Any]:
-    """What a caption is made of."""
-    return {"motion": plan.motion.as_dict(), "sprite": plan.sprite.clause if plan.sprite else None}
-
-
-@torch.inference_mode()
-def encode_clips(run: Run, model: FSAE, clips: NanoClips, count: int, *, paired: bool, name: str) -> None:
-    """Write the latents of `count` clips, and what happens in them; nothing where that is done."""
-    listing = run.folder / "latents" / f"{name}.json"
-    if listing.exists() and len(json.loads(listing.read_text())) == count:
-        return
-    kept: dict[str, list[Tensor]] = {"low": [], "image": []} | ({"high": []} if paired else {})
-    plans = []
-    for index in tqdm(range(count), desc=f"encoding {name}", unit="clip"):
-        plan = clips.plan(index)
-        plans.append(described(plan))
-        video = clips.render(plan).unsqueeze(0)
-        with torch.autocast(clips.device.type, torch.bfloat16):
-            if paired:
-                kept["high"].append(model.encode(video).half().cpu())
-                video = halve(video)
-            kept["low"].append(model.encode(video).half().cpu())
-        kept["image"].append(resize_for_clip(video[:, :, 0], IMAGE_SIZE).half().cpu())
-    save_state({key: torch.cat(values) for key, values in kept.items()}, listing.with_suffix(".safetensors"))
-    listing.write_text(json.dumps(plans))
-
-
-def cached(run: Run, kind: str) -> Recaptioned:
-    """What `cache` wrote, of clips or of pairs."""
-    listings = sorted((run.folder / "latents").glob(f"{kind}-*.json"))
-    groups = [load_file(listing.with_suffix(".safetensors")) for listing in listings]
-    return Recaptioned(groups, [json.loads(listing.read_text()) for listing in listings])
+        plan, rng = json.loads(self.samples[index].caption), np.random.default_rng((index, epoch))
+        words = caption(rng, motion_from_dict(plan["motion"]), sprite=plan["sprite"])
+        return {**super().sample(index, epoch), "caption": words}
 
 
 def cache(run: Run) -> None:
     """Encode the clips of the transformer's and the refiner's training; `run.steps` is percent of them."""
-    model = run.autoencoder("together").eval()
-    (run.folder / "latents").mkdir(exist_ok=True)
     options = {"texture_probability": 0.1, "sprite_probability": 0.08}
-    for kind, sizes in (("clips", BASE_SIZES), ("pairs", PAIR_SIZES)):
-        for number, (height, width, count) in enumerate(sizes[:1] if run.smoke else sizes):
-            seed = 300 + number + 100 * (kind == "pairs")
-            clips = run.clips("train", FRAMES, (height, width), seed, **options)
-            wanted = max(2, round(count * run.steps / 100))
-            encode_clips(run, model, clips, wanted, paired=kind == "pairs", name=f"{kind}-{height}x{width}")
+    for kind, sizes, seed in (("clips", BASE_SIZES, 300), ("pairs", PAIR_SIZES, 400)):
+        worlds = [
+            (run.clips("train", FRAMES, (height, width), seed + i, **options), max(2, round(count * run.steps / 100)))
+            for i, (height, width, count) in enumerate(sizes[:1] if run.smoke else sizes)
+        ]
+        config = CacheConfig(
+            data="the nano world",
+            output=str(run.folder / "latents" / kind),
+            autoencoder=str(run.part("together", "autoencoder")),
+            pairs=kind == "pairs",
+            image_size=IMAGE_SIZE,
+            shard_size=16,
+            device=run.device,
+        )
+        make_cache(config, SizedClips(worlds))
 
 
 # --- the models of latents -------------------------------------------------------------------------------------------
@@ -386,7 +350,7 @@ def base(run: Run) -> None:
         clips=ClipsConfig(FRAMES, LOW, LOW),
         flow=BASE_FLOW,
     )
-    train_transformer(config, cached(run, "clips"))
+    train_transformer(config, Recaptioned(run.folder / "latents" / "clips"))
 
 
 def upsampler(run: Run) -> None:
@@ -398,7 +362,7 @@ def upsampler(run: Run) -> None:
         clips=ClipsConfig(FRAMES),
         loss=UpsamplerLoss(latent=1.0, pixel=0.0, perceptual=0.0),
     )
-    train_upsampler(config, cached(run, "pairs"))
+    train_upsampler(config, Recaptioned(run.folder / "latents" / "pairs"))
 
 
 def refiner(run: Run) -> None:
@@ -415,7 +379,7 @@ def refiner(run: Run) -> None:
         clips=ClipsConfig(FRAMES),
         flow=REFINER_FLOW,
     )
-    train_refiner(config, cached(run, "pairs"))
+    train_refiner(config, Recaptioned(run.folder / "latents" / "pairs"))
 
 
 def export(run: Run) -> None:

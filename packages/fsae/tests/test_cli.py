@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from fsae.cli import main
 from fsae.cli.options import parse_bytes
 from fsae.data.config import BucketConfig, ClipsConfig, SourceConfig
-from fsae.data.datasets import cover
-from fsae.data.image import load_image
+from fsae.data.image import cover, load_image
 from fsae.data.video import read_video, to_video_tensor, write_video
 from fsae.errors import UserError
 from fsae.evaluation import evaluate as evaluation

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fsae.data.config import Sampling
-from fsae.data.datasets import VideoFolder, cover
+from fsae.data.datasets import VideoFolder
+from fsae.data.image import cover
 from fsae.data.video import write_video
 from fsae.errors import UserError
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
@@ -30,7 +31,6 @@ from fsae.data.order import Cut, EpochItems, MicroBatches, order_of
 from fsae.data.sources import Entry
 from fsae.data.video import read_video, to_video_tensor, write_video
 from fsae.errors import UserError
-from fsae.transcoding.fingerprints import encoder_fingerprint
 from fsdit.cli import main
 from fsdit.conditioning import load_encoders, nano_tokenizer
 from fsdit.conditioning.encoders import pad_text
@@ -157,7 +157,6 @@ def test_holds_what_encoding_on_the_fly_gives(world: Path, whole: Path) -> None:
     assert len(starts) > 2  # clips of one file start at different places
     with torch.no_grad():
         assert torch.equal(pad_text([data.empty_text], TEXT_LEN), text([""]).embeddings)
-    data.verify()
 
 
 def test_half_precision_is_that_of_the_latents_alone(world: Path, whole: Path, tmp_path: Path) -> None:
@@ -171,6 +170,66 @@ def test_half_precision_is_that_of_the_latents_alone(world: Path, whole: Path, t
     assert torch.equal(a["text"], b["text"]) and torch.allclose(a["image_embedding"], b["image_embedding"], atol=1e-5)
     assert half.settings["cache"] != full.settings["cache"]
     assert not (tmp_path / "half" / "prompts").exists()  # they came from where it was told
+
+
+PAIRS = [BucketConfig(frames=5, height=128, width=256, weight=2), BucketConfig(frames=1, height=128, width=128)]
+
+
+def test_pairs_are_a_clip_and_its_half_size_copy(world: Path, whole: Path, tmp_path: Path) -> None:
+    config = settings(world, tmp_path / "pairs", buckets=PAIRS, pairs=True, prompts=str(whole / "prompts"))
+    cache.make_cache(config)
+    data, autoencoder = CachedLatents(tmp_path / "pairs"), FSAE.from_pretrained(world / "autoencoder").eval()
+    clips = BucketedClips(config.clips.mixture(config.data))
+    assert len(data) == 18 and set(data[0]) == {"low", "high", "text", "image_embedding", "caption"}
+    for index in (0, 3, 8, 17):
+        video = to_video_tensor(torch.from_numpy(clips.read(index // 2, index % 2)[0]))[None]
+        frames = video.transpose(1, 2).flatten(0, 1)
+        half = F.interpolate(frames, scale_factor=0.5, mode="bicubic", antialias=True).clamp(-1, 1)
+        with torch.no_grad():
+            low, high = autoencoder.encode(half.unflatten(0, (1, -1)).transpose(1, 2)), autoencoder.encode(video)
+        torch.testing.assert_close(data[index]["low"], low[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(data[index]["high"], high[0], rtol=1e-4, atol=1e-5)
+    order = data.order(Cut(0, batch=2))
+    batches = [data.collate([data.sample(*key) for key in order.micro_batch(step, 0)]) for step in range(20)]
+    sizes = {(tuple(batch["low"].shape[1:]), tuple(batch["high"].shape[1:])) for batch in batches}
+    assert sizes == {((4, 2, 1, 2), (4, 2, 2, 4)), ((4, 1, 1, 1), (4, 1, 2, 2))}
+
+    left = content(tmp_path / "pairs")
+    (tmp_path / "pairs" / "shard-00002.json").unlink()  # as a killed process would have left it
+    assert cache.make_cache(config).made == 1 and content(tmp_path / "pairs") == left
+    with pytest.raises(UserError, match="holds pairs of latents, which .* without --pairs true"):
+        data.check_pairs(False)
+    with pytest.raises(UserError, match="holds no pairs of latents; make one by 'fsdit cache' with --pairs true"):
+        CachedLatents(whole).check_pairs(True)
+    with pytest.raises(UserError, match="128x64 pixels given; width and height must be multiples of 128"):
+        cache.make_cache(settings(world, tmp_path / "odd", pairs=True))
+
+
+def test_without_encoders_it_keeps_captions_and_first_frames(world: Path, whole: Path, tmp_path: Path) -> None:
+    cache.make_cache(settings(world, tmp_path / "plain", encoders="", image_size=16))
+    assert not (tmp_path / "plain" / "prompts").exists() and not (tmp_path / "plain" / "empty.safetensors").exists()
+    data, embedded = CachedLatents(tmp_path / "plain"), CachedLatents(whole)
+    _, image = load_encoders(world / "encoders", TEXT_LEN)
+    assert data.empty_text is None and set(data[0]) == {"latents", "image", "caption"}
+    for index in range(0, len(data), 5):
+        item, other = data[index], embedded[index]
+        torch.testing.assert_close(item["latents"], other["latents"], rtol=1e-4, atol=1e-5)
+        assert item["caption"] == other["caption"] and item["image"].shape == (3, 16, 16)
+        with torch.no_grad():  # the frame is kept in half precision
+            torch.testing.assert_close(image(item["image"][None])[0], other["image_embedding"], rtol=0, atol=2e-2)
+    with pytest.raises(UserError, match="another text encoder than"):
+        CachedLatents([tmp_path / "plain", whole])
+
+
+def test_a_cache_made_before_there_were_pairs_is_read_and_finished(world: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "old")
+    header = json.loads((tmp_path / "old" / "cache.json").read_text())
+    older = {name: value for name, value in header.items() if name not in ("pairs", "image_size")}
+    (tmp_path / "old" / "cache.json").write_text(json.dumps(older))
+    (tmp_path / "old" / "shard-00001.json").unlink()
+    assert cache.make_cache(settings(world, tmp_path / "old")).made == 1
+    old, new = CachedLatents(tmp_path / "old"), CachedLatents(whole)
+    assert old.settings == new.settings and torch.equal(old[7]["latents"], new[7]["latents"])
 
 
 # --- stopped, and by several processes
@@ -386,6 +445,7 @@ def test_another_autoencoder_or_encoder_is_refused(world: Path, whole: Path, tmp
         ({"shard_size": 4}, "shard_size"),
         ({"latents": "fp16", "text_len": 8}, "text_len and precision of the latents"),
         ({"seed": 1}, "seed"),
+        ({"encoders": ""}, "text encoder and image encoder and text_len and image_size"),
         ({"fps": 4.0}, "sources or clip settings"),
         (
             {"data": str(world / "picture.jsonl"), "buckets": [BucketConfig(1, height=64, width=64)]},
@@ -394,12 +454,10 @@ def test_another_autoencoder_or_encoder_is_refused(world: Path, whole: Path, tmp
     ):
         with pytest.raises(UserError, match=f"is a cache that differs in its {names}; give what it was made with"):
             cache.make_cache(settings(world, **{**alike, **changes}))
+    data = CachedLatents(whole)
+    data.check_autoencoder(FSAE.from_pretrained(world / "autoencoder"))
     with pytest.raises(UserError, match="made with another autoencoder than the one that is given"):
-        CachedLatents(whole, encoder_fingerprint(other))
-    own = FSAE.from_pretrained(world / "autoencoder")
-    data = CachedLatents(whole, encoder_fingerprint(own))
-    with pytest.raises(UserError, match="made with another autoencoder"):
-        data.check_autoencoder(encoder_fingerprint(other))
+        data.check_autoencoder(other)
 
 
 def test_several_caches_are_one(world: Path, whole: Path, tmp_path: Path) -> None:
@@ -439,9 +497,7 @@ def test_damage_is_named(world: Path, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="shard-00002.safetensors is missing; run"):
         CachedLatents(folder)
     shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    data = CachedLatents(folder)  # its size is right
-    with pytest.raises(UserError, match="shard-00002.safetensors is damaged"):
-        data.verify()
+    CachedLatents(folder)  # its size is right
     assert cache.make_cache(settings(world, folder)).made == 0
     assert cache.make_cache(settings(world, folder, verify=True)).made == 1
     assert content(folder) == content(whole)
@@ -575,8 +631,8 @@ def test_batches_by_loader_processes(whole: Path) -> None:
 
 def test_items_of_the_clips_are_those_of_the_list(world: Path) -> None:
     """`list_places` counts along with the clips' own items."""
-    config = settings(world, world, more_data=[SourceConfig(str(world / "picture.jsonl"), weight=2.0)]).mixture
-    clips = BucketedClips(config)
+    config = settings(world, world, more_data=[SourceConfig(str(world / "picture.jsonl"), weight=2.0)])
+    clips = BucketedClips(config.clips.mixture(config.data))
     places = cache.list_places(clips, 2)
     assert [place.number for place in places] == list(range(len(places))) and len(places) == 2 * len(clips)
     assert [place.item for place in places[::2]] == list(range(len(clips)))

@@ -82,7 +82,7 @@ def test_a_file_that_reads_a_cache_says_how_it_is_made(monkeypatch: pytest.Monke
             assert main(shlex.split(command)[1:]) == 0
             cache = made[-1]
             assert [cache.output] == config.cache and cache.autoencoder == config.autoencoder
-            (bucket,), clips = cache.mixture.buckets, config.clips
+            (bucket,), clips = cache.clips.mixture(cache.data).buckets, config.clips
             assert bucket.frames == clips.frames and (clips.height, clips.width) in bucket.sizes()
             assert clips.frames == 1 or cache.clips.fps == config.validation_fps
             assert cache.text_len == PRESETS["nano" if file.parent.name == "nano" else "14b"]["text_len"]

@@ -29,7 +29,6 @@ from fsdit.conditioning import (
 )
 from fsdit.flow.path import FlowSchedule
 from fsdit.training.config import TransformerConfig
-from fsdit.training.data import CachedClips, encode_clips
 from fsdit.training.run import train_transformer
 from fsdit.training.task import FlowMatchingTask
 
@@ -89,7 +88,7 @@ def parts(**overrides: Any) -> tuple[FSDiT, TextEncoder, ImageEncoder]:
     return transformer, TextEncoder(text.eval(), nano_tokenizer(), 16), ImageEncoder(image)
 
 
-def clips(count: int = 64, permuted: bool = False) -> CachedClips:
+def clips(count: int = 64, permuted: bool = False) -> list[dict[str, Any]]:
     """Clips of 3 latents that go up or down from nought, as caption and picture say.
 
     `permuted` gives each clip another one's caption and picture, so that they tell nothing.
@@ -101,7 +100,7 @@ def clips(count: int = 64, permuted: bool = False) -> CachedClips:
         sign = sign[torch.randperm(count, generator=generator)]
     captions = ["up" if s > 0 else "down" for s in sign.tolist()]
     images = (0.5 * sign).view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
-    return CachedClips(latents, captions, images.half())
+    return [{"latents": z, "caption": c, "image": i} for z, c, i in zip(latents, captions, images, strict=True)]
 
 
 def batch(source: Any, count: int = 4) -> dict[str, Any]:
@@ -424,20 +423,21 @@ def test_from_videos_to_a_saved_model(tmp_path) -> None:
     assert not (tmp_path / "run" / "validation").exists() or (tmp_path / "run" / "samples").is_dir()
 
 
-def test_cached_clips_train_as_videos_do(tmp_path) -> None:
+def test_clips_and_their_latents_have_the_same_loss(tmp_path) -> None:
     torch.manual_seed(0)
     autoencoder = FSAE(**TINY_FSAE).eval()
-    videos = [{"video": torch.rand(3, 5, 64, 128) * 2 - 1, "caption": str(i)} for i in range(4)]
-    cached = encode_clips(videos, autoencoder, image_size=16, batch_size=3)
-    assert cached.latents.shape == (4, 4, 2, 1, 2) and cached.images.shape == (4, 3, 16, 16)
+    videos = torch.rand(4, 3, 5, 64, 128) * 2 - 1
+    clips = {"video": videos, "caption": [*"abcd"]}
+    with torch.no_grad():
+        latents = {"latents": autoencoder.encode(videos), "image": videos[:, :, 0], "caption": [*"abcd"]}
     transformer, text, image = parts()
     torch.nn.init.normal_(transformer.head.head.weight, std=0.1)
     task = FlowMatchingTask(transformer, text, image, config(tmp_path), autoencoder)
-    losses = [task.loss(batch(source), generator())["loss"].item() for source in (cached, videos)]
+    losses = [task.loss(given, generator())["loss"].item() for given in (latents, clips)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     without = FlowMatchingTask(transformer, text, image, config(tmp_path))
     with pytest.raises(UserError, match="give the autoencoder"):
-        without.loss(torch.utils.data.default_collate(videos), generator())
+        without.loss(clips, generator())
 
 
 def test_validation_shows_samples(tmp_path) -> None:

@@ -68,17 +68,10 @@ def configuration(films: Path, parts: Path, output: Path, **changes: Any) -> Tra
 
 
 def cached(films: Path, parts: Path, output: Path, **changes: Any) -> Path:
-    clips = ClipsConfig(
-        **{
-            "frames": 5,
-            "height": 64,
-            "width": 64,
-            **{k: changes.pop(k) for k in list(changes) if k in vars(ClipsConfig())},
-        }
-    )
-    settings = {"clips": clips, "text_len": 32, "latents": "fp32", "device": "cpu", **changes}
-    data = {"data": str(films / "clips.jsonl"), "autoencoder": str(parts / "autoencoder")}
-    make_cache(CacheConfig(output=str(output), encoders=str(parts / "encoders"), **{**data, **settings}))
+    settings = {"clips": ClipsConfig(5, 64, 64), "text_len": 32, "latents": "fp32", "device": "cpu"}
+    made_by = {"autoencoder": str(parts / "autoencoder"), "encoders": str(parts / "encoders")}
+    made_of = {"data": str(films / "clips.jsonl"), **made_by, **settings, **changes}
+    make_cache(CacheConfig(output=str(output), **made_of))
     return output
 
 
@@ -131,6 +124,29 @@ def test_from_a_cache_no_encoder_is_read(
     assert not torch.equal(trained.head.head.weight, FSDiT.from_pretrained(parts / "transformer").head.head.weight)
     assert trained.head.head.weight.abs().sum() > 0
     assert not (tmp_path / "run" / "samples").exists()
+
+
+def test_from_a_cache_without_embeddings_encoders_are_trained(films: Path, parts: Path, tmp_path: Path) -> None:
+    plain = cached(films, parts, tmp_path / "plain", encoders="")
+    FSDiT(**{**FSDiT.load_config(parts / "transformer"), "text_dim": 128, "image_dim": 128}).save_pretrained(
+        tmp_path / "dit"  # as wide as the nano encoders
+    )
+    config = configuration(films, parts, tmp_path / "run", cache=[str(plain)], model=str(tmp_path / "dit"))
+    folders = train_transformer(config)
+    assert [folder.name for folder in folders] == ["transformer", "text_encoder", "image_encoder", "tokenizer"]
+
+
+def test_encoders_beside_their_embeddings_are_refused(films: Path, parts: Path, cache: Path, tmp_path: Path) -> None:
+    config = configuration(films, parts, tmp_path / "run", cache=[str(cache)])
+    for changes in ({"encoders": str(parts / "encoders")}, {"train_encoders": True}):
+        with pytest.raises(UserError, match="holds what encoders gave; leave them out"):
+            train_transformer(replace(config, **changes))
+    pairs = cached(films, parts, tmp_path / "pairs", encoders="", pairs=True, clips=ClipsConfig(5, 128, 128))
+    with pytest.raises(UserError, match="holds pairs of latents"):
+        train_transformer(replace(config, cache=[str(pairs)]))
+    plain = cached(films, parts, tmp_path / "plain", encoders="")
+    with pytest.raises(UserError, match="plain was cached with another text encoder than"):
+        train_transformer(replace(config, validation_data=str(plain)))
 
 
 # --- from files
@@ -370,6 +386,9 @@ def test_what_does_not_fit_is_refused_before_the_model_is_built(
         (from_cache, {"model": "nano"}, "latents have 4 channels, the transformer takes 128"),
         (from_cache, {"clips": ClipsConfig(5, 128, 64)}, r"no clip .* 64x128 .* \(5 of 64x64\)"),
         (from_cache, {"validation_data": str(films)}, "is no cache"),
+        (from_cache, {"clips": ClipsConfig(5, 64, 64, fps=24.0)}, "leave clips.fps out"),
+        (from_cache, {"clips": ClipsConfig(5, 64, 64, stride=2)}, "leave clips.stride out"),
+        (from_cache, {"clips": ClipsConfig(5, 64, 64, [BucketConfig(1, 4096)])}, "leave clips.buckets out"),
     ]
     for config, changes, reason in cases:
         with pytest.raises(UserError, match=reason):
@@ -386,11 +405,6 @@ def test_what_does_not_fit_is_refused_before_the_model_is_built(
         ({"clips": {"fps": 0.0}}, "^clips.fps is 0.0"),
         ({"clips": {"reader": "none"}}, "^clips.reader is 'none'"),
         ({"cache": ["a"], "data": "b"}, "reads one of them"),
-        ({"cache": ["a"], "clips": {"fps": 24.0}}, "leave clips.fps out"),
-        ({"cache": ["a"], "clips": {"stride": 2}}, "leave clips.stride out"),
-        ({"cache": ["a"], "clips": {"buckets": [BucketConfig(1, 4096)]}}, "leave clips.buckets out"),
-        ({"cache": ["a"], "encoders": "b"}, "leave encoders out"),
-        ({"cache": ["a"], "train_encoders": True}, "leave train_encoders out"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(changes: dict[str, Any], reason: str) -> None:

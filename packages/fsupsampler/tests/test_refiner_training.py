@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +24,12 @@ from fsdit import FSDiT
 from fsdit.conditioning import FlowBatch, ImageEncoder, TextEncoder, first_frame_condition, nano_tokenizer
 from fsdit.conditioning.nano import nano_image_encoder, nano_text_encoder
 from fsdit.flow.path import FlowSchedule
-from fsdit.training.data import CachedClips
+from fsdit.preparation.cache import make_cache
+from fsdit.preparation.config import CacheConfig
 from fsupsampler import LatentUpsampler
 from fsupsampler.refiner import DynamicMask, deviation_latents, refiner_condition
 from fsupsampler.training import refiner as training
 from fsupsampler.training.config import MaskConfig, RefinerConfig, RegularizationConfig
-from fsupsampler.training.data import CachedPairs
 from fsupsampler.training.refiner import RefinerTask, train_refiner
 from fsupsampler.upsampler import nearest_upsample
 
@@ -87,15 +88,14 @@ def upsampler() -> LatentUpsampler:
     return model.eval()
 
 
-def pairs(count: int = 32, mismatched: bool = False) -> CachedPairs:
+def pairs(count: int = 32, mismatched: bool = False) -> list[dict[str, Any]]:
     """Clips in which only the low latents tell what comes after frame 0."""
     low = torch.randn(count, 4, 3, 1, 1, generator=torch.Generator().manual_seed(0))
     high = nearest_upsample(low)
     if mismatched:
         low = low.roll(1, dims=0)
-    images = torch.zeros(count, 3, 64, 64)
-    captions = ["a"] * count
-    return CachedPairs(CachedClips(low, captions, images), CachedClips(high, captions, images))
+    image = torch.zeros(3, 64, 64)
+    return [{"low": a, "high": b, "caption": "a", "image": image} for a, b in zip(low, high, strict=True)]
 
 
 def batch(count: int = 4) -> dict[str, Any]:
@@ -355,6 +355,53 @@ def test_from_videos_to_a_saved_refiner_and_its_mask(tmp_path: Path, folders: Pa
     mask = DynamicMask.from_pretrained(saved[1]).config
     assert 0 < mask.error_5 < mask.error_95 and (mask.error_5, mask.error_95) != (0.0, 1.0)
     assert list((tmp_path / "run" / "validation").glob("*samples.png"))
+
+
+def test_a_cache_of_pairs_trains_as_its_videos_do(
+    tmp_path: Path, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the encoders' embeddings or without them; embeddings need no encoder, and are refused if of others."""
+    config = folder_settings(tmp_path, folders)
+    (tmp_path / "clips").mkdir()
+    picture = np.random.default_rng(0).integers(0, 255, (128, 128, 3), np.uint8)
+    write_video(tmp_path / "clips" / "0.mp4", [np.roll(picture, 3 * k, 1) for k in range(5)], 8)
+    (tmp_path / "clips.csv").write_text("path,caption\nclips/0.mp4,pan left\n")
+    made: dict[str, Any] = {"data": str(tmp_path / "clips.csv"), "clips": ClipsConfig(5, 128, 128)}
+    made |= {"autoencoder": str(folders / "fsae"), "latents": "fp32", "text_len": 8, "pairs": True, "device": "cpu"}
+    embedded, plain = str(tmp_path / "embedded"), str(tmp_path / "plain")
+    make_cache(CacheConfig(output=embedded, encoders=str(folders / "encoders"), **made))
+    make_cache(CacheConfig(output=plain, **made))
+    prepared: list[Any] = []
+
+    def prepare(task: RefinerTask, *_: Any) -> None:
+        assert task.validation is not None
+        for module in task.modules.values():
+            module.eval()
+        prepared.append(task.prepare(task.validation, generator()))
+        raise InterruptedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "train", prepare)
+        for data in (made["data"], plain, embedded):
+            if data == embedded:
+                patched.setattr(training, "load_encoders", None)
+            with pytest.raises(InterruptedError):
+                train_refiner(replace(config, data=data))
+    videos, *cached = prepared
+    assert videos.context.text.any() and videos.context.image.any() and videos.condition.latents[:, :, 1:].any()
+    for clean in cached:
+        torch.testing.assert_close(clean.latents, videos.latents, rtol=1e-3, atol=1e-4)
+        for part, names in (("condition", ("latents", "mask")), ("context", ("text", "image", "negative"))):
+            for name in names:
+                one, two = (getattr(getattr(batch, part), name) for batch in (clean, videos))
+                torch.testing.assert_close(one, two, rtol=0, atol=2e-2)  # the first frame is kept in half precision
+    (saved, _) = train_refiner(replace(config, data=embedded, base=str(folders / "dit")))
+    assert not torch.equal(FSDiT.from_pretrained(saved).head.head.weight, transformer().head.head.weight)
+    others = tmp_path / "others"
+    shutil.copytree(folders / "encoders", others)
+    nano_image_encoder().save_pretrained(others / "image_encoder")
+    with pytest.raises(UserError, match="was made with other encoders than"):
+        train_refiner(replace(config, data=embedded, encoders=str(others)))
 
 
 def test_clips_without_captions_are_told(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -17,10 +18,11 @@ from fsae.data.config import BucketConfig, ClipsConfig
 from fsae.errors import UserError
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
-from fsdit.training.data import CachedClips
+from fsdit.preparation.cache import make_cache
+from fsdit.preparation.config import CacheConfig
+from fsdit.preparation.pairs import encode_pair, halve
 from fsupsampler import LatentUpsampler
 from fsupsampler.training.config import UpsamplerConfig, UpsamplerLoss
-from fsupsampler.training.data import CachedPairs, encode_pair, encode_pairs, halve
 from fsupsampler.training.upsampler import UpsamplerTask, train_upsampler
 from fsupsampler.upsampler import nearest_upsample
 
@@ -61,9 +63,8 @@ def structured(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return low, nearest_upsample(low) + 0.5 * quarters * nearest_upsample(low.roll(1, dims=1))
 
 
-def pairs(low: Tensor, high: Tensor) -> CachedPairs:
-    captions, images = [""] * len(low), torch.zeros(len(low), 3, 8, 8)
-    return CachedPairs(CachedClips(low, captions, images), CachedClips(high, captions, images))
+def pairs(low: Tensor, high: Tensor) -> list[dict[str, Tensor]]:
+    return [{"low": a, "high": b} for a, b in zip(low, high, strict=True)]
 
 
 def video_batch(count: int = 2, frames: int = 5) -> dict[str, Any]:
@@ -128,19 +129,14 @@ def test_without_weights_on_pixels_nothing_is_decoded(monkeypatch: pytest.Monkey
     assert set(task.loss(video_batch(), generator())) == {"loss", "latent_l1"}
 
 
-def test_cached_pairs_give_the_loss_of_their_videos() -> None:
+def test_pairs_give_the_loss_of_their_videos() -> None:
     autoencoder = tiny_autoencoder(latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
     upsampler = LatentUpsampler(**SMALL, latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
     batch = video_batch()
-    clips = [{"video": clip, "caption": "c"} for clip in batch["video"]]
-    cached = encode_pairs(clips, autoencoder, image_size=16)
-    assert cached[0]["image"].shape == (3, 16, 16) and cached[0]["caption"] == "c"
     low, high = encode_pair(autoencoder, batch["video"])
-    assert torch.allclose(cached[1]["low"], low[1], atol=1e-5)
-    assert torch.allclose(cached[1]["high"], high[1], atol=1e-5)
     losses = [
         UpsamplerTask(upsampler, LATENTS_ONLY, given).loss(data, generator())["loss"].item()
-        for given, data in ((autoencoder, batch), (None, default_collate([cached[0], cached[1]])))
+        for given, data in ((autoencoder, batch), (None, {"low": low, "high": high}))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -152,8 +148,6 @@ def test_mismatched_parts_are_sentences() -> None:
         UpsamplerTask(LatentUpsampler(**SMALL), UpsamplerLoss())
     with pytest.raises(UserError, match="give the autoencoder"):
         UpsamplerTask(LatentUpsampler(**SMALL), LATENTS_ONLY).loss(video_batch(), generator())
-    with pytest.raises(ValueError, match="half the height and width"):
-        pairs(torch.zeros(1, 4, 1, 2, 2), torch.zeros(1, 4, 1, 2, 4))
     with pytest.raises(UserError, match=r"loss\.pixel"):
         UpsamplerLoss(pixel=-1.0)
 
@@ -169,7 +163,7 @@ def test_it_learns_detail_that_copying_and_bicubic_lack(tmp_path: Path) -> None:
     def error(draft: Tensor) -> float:
         return (draft - unseen_high).abs().mean().item()
 
-    def trained(data: CachedPairs, name: str) -> tuple[float, float]:
+    def trained(data: list[dict[str, Tensor]], name: str) -> tuple[float, float]:
         torch.manual_seed(0)
         upsampler = LatentUpsampler(**SMALL)
         task = UpsamplerTask(upsampler, LATENTS_ONLY)
@@ -220,6 +214,30 @@ def test_from_videos_to_a_saved_upsampler(tmp_path: Path) -> None:
     trained, start = LatentUpsampler.from_pretrained(folder), LatentUpsampler.from_pretrained(tmp_path / "up")
     assert not torch.equal(trained.conv_out.weight, start.conv_out.weight)
     assert list((tmp_path / "run" / "validation").glob("*drafts.png"))
+
+
+def test_from_a_cache_of_pairs_of_several_sizes(tmp_path: Path) -> None:
+    config = settings(tmp_path, loss=LATENTS_ONLY)
+    (tmp_path / "pictures").mkdir()
+    for k in range(3):
+        Image.new("RGB", (128, 128), (80 * k, 0, 90)).save(tmp_path / "pictures" / f"{k}.png")
+    sizes = [BucketConfig(1, height=128, width=side) for side in (128, 256)]
+    made: dict[str, Any] = {"data": str(tmp_path / "pictures"), "clips": ClipsConfig(buckets=sizes), "device": "cpu"}
+    made |= {"autoencoder": str(tmp_path / "fsae"), "latents": "fp32", "pairs": True}
+    make_cache(CacheConfig(output=str(tmp_path / "pairs"), **made))
+    config = replace(config, data=str(tmp_path / "pairs"))
+    (folder,) = train_upsampler(config)
+    trained, start = LatentUpsampler.from_pretrained(folder), LatentUpsampler.from_pretrained(tmp_path / "up")
+    assert not torch.equal(trained.conv_out.weight, start.conv_out.weight)
+
+    with pytest.raises(UserError, match="no videos to compare with; set loss.pixel to 0"):
+        train_upsampler(replace(config, loss=UpsamplerLoss()))
+    make_cache(CacheConfig(output=str(tmp_path / "single"), **{**made, "pairs": False}))
+    with pytest.raises(UserError, match="holds no pairs of latents; make one by 'fsdit cache'"):
+        train_upsampler(replace(config, data=str(tmp_path / "single")))
+    tiny_autoencoder(latents_mean=[0.5] * 4).save_pretrained(tmp_path / "fsae")
+    with pytest.raises(UserError, match="made with another autoencoder"):
+        train_upsampler(replace(config, model=str(tmp_path / "up")))
 
 
 def test_a_preset_takes_the_autoencoders_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

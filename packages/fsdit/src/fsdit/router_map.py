@@ -195,6 +195,9 @@ def cached_clips(
     cache: CachedLatents, samples: int, batch_size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Context]]:
     """Batches for `map_routers` from a cache; see `encoded_clips`. A batch is of one shape, so some are smaller."""
+    cache.check_pairs(False)
+    if cache.empty_text is None:
+        raise UserError("the cache was made without encoders; make one with them by 'fsdit cache --encoders FOLDER'")
     groups: dict[tuple[int, ...], list[int]] = {}
     for index in _spread(len(cache), samples):
         groups.setdefault(cache.shapes[index], []).append(index)

@@ -101,10 +101,6 @@ class BucketedClips(ClipDataset):
         """The bucket of an item."""
         return self.buckets[bisect_right(self._firsts, index) - 1]
 
-    def entry(self, index: int) -> Entry:
-        """The file of an item, and what its source says about it."""
-        return self._entry(index)
-
     @property
     def skipped(self) -> list[Media]:
         """Files of which no clip, or at least one clip, could not be used so far."""
@@ -116,7 +112,7 @@ class BucketedClips(ClipDataset):
         Raises:
             UserError: it cannot be read; nothing takes its place here, other than in `sample`.
         """
-        bucket, media = self.bucket(index), self._entry(index).media
+        bucket, media = self.bucket(index), self.entry(index).media
         if media.is_image:
             return cover(load_image(media), bucket.size)[None], (0.0, 0.0)
         draw = np.random.default_rng([self.seed, index, epoch]).random()
@@ -185,7 +181,7 @@ class BucketedClips(ClipDataset):
             return False
         return True
 
-    def _entry(self, index: int) -> Entry:
+    def entry(self, index: int) -> Entry:
         return self.entries[self._items[index]]
 
     def _replacements(self, index: int) -> Sequence[int]:

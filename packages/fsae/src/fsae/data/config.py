@@ -45,7 +45,7 @@ class Sampling:
     fps: Positive | None = None
     stride: Count = 1
     size: tuple[int, int] | None = None
-    reader: str = "pyav"
+    reader: Reader = "pyav"
 
     def __post_init__(self) -> None:
         check(self)

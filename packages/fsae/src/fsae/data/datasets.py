@@ -19,13 +19,11 @@ from torch.utils.data import Dataset
 
 from fsae.data.config import Sampling
 from fsae.data.image import cover, load_image
-from fsae.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Media
+from fsae.data.media import Media
 from fsae.data.readers import DamagedVideo, check_reader, draw_clip
 from fsae.data.sources import Entry, read_source
 from fsae.data.video import VideoInfo, probe, to_video_tensor
 from fsae.errors import UserError
-
-__all__ = ["IMAGE_SUFFIXES", "VIDEO_SUFFIXES", "Clip", "ClipDataset", "VideoFolder", "cover"]
 
 _UNUSABLE, _DAMAGED = 1, 2
 
@@ -69,7 +67,7 @@ class ClipDataset(Dataset[Clip]):
         for place in places:
             if self._state[place] == _UNUSABLE:
                 continue
-            entry = self._entry(place)
+            entry = self.entry(place)
             try:
                 pixels = self._pixels(entry.media, place, epoch)
             except UserError as error:
@@ -84,7 +82,7 @@ class ClipDataset(Dataset[Clip]):
     @property
     def skipped(self) -> list[Media]:
         """Files met so far of which a clip could not be used."""
-        return list(dict.fromkeys(self._entry(place).media for place in self._state.nonzero().flatten().tolist()))
+        return list(dict.fromkeys(self.entry(place).media for place in self._state.nonzero().flatten().tolist()))
 
     def summary(self) -> str:
         """One line with the number of skipped files and the first ten names; empty if there were none."""
@@ -94,7 +92,8 @@ class ClipDataset(Dataset[Clip]):
         more = f" and {len(skipped) - 10} more" if len(skipped) > 10 else ""
         return f"{len(skipped)} file(s) skipped: {', '.join(map(str, skipped[:10]))}{more}"
 
-    def _entry(self, index: int) -> Entry:
+    def entry(self, index: int) -> Entry:
+        """The file of an item, and what its source says about it."""
         raise NotImplementedError
 
     def _replacements(self, index: int) -> Sequence[int]:
@@ -137,7 +136,7 @@ class VideoFolder(ClipDataset):
             self.settings["fps"] = sampling.fps
         self._probed: dict[Media, VideoInfo] = {}
 
-    def _entry(self, index: int) -> Entry:
+    def entry(self, index: int) -> Entry:
         return self.entries[index]
 
     def _pixels(self, media: Media, index: int, epoch: int) -> NDArray[np.uint8]:

@@ -26,7 +26,7 @@ import numpy as np
 from av.container import InputContainer
 from numpy.typing import NDArray
 
-from fsae.data.config import Sampling
+from fsae.data.config import Reader, Sampling
 from fsae.data.media import Media, Readable, as_media, check_file
 from fsae.data.video import VideoInfo, decode, decode_packet, frame_rate, open_video, picture, stack
 from fsae.errors import UserError, require
@@ -66,7 +66,7 @@ def read_clip(video: Readable, sampling: Sampling, start: float | None = None) -
     Raises:
         DamagedVideo: the file is damaged between the key frame before `start` and the clip's end.
         ShortVideo: it, or its span, ends before the clip does.
-        UserError: no such file, no video, or an unknown or missing reader.
+        UserError: no such file, no video, or a missing reader.
     """
     media, frames, fps, stride = as_media(video), sampling.frames, sampling.fps, sampling.stride
     first = Fraction(media.start if start is None else start)
@@ -79,7 +79,7 @@ def read_clip(video: Readable, sampling: Sampling, start: float | None = None) -
         return list(islice(clip, frames))
 
     try:
-        chosen = select(_reader(sampling.reader))
+        chosen = select(_READERS[sampling.reader])
     except _NoTimes:
         chosen = select(_by_index)
     if len(chosen) < frames:
@@ -152,11 +152,11 @@ def _spare(length: float, wanted: float) -> float:
     return max(0.0, length - wanted)
 
 
-def frame_times(video: Readable, reader: str = "pyav") -> list[float]:
+def frame_times(video: Readable, reader: Reader = "pyav") -> list[float]:
     """When each frame of a file, or of its span, begins, in seconds; of a damaged file, as far as it decodes.
 
     Raises:
-        UserError: no such file, no video, or an unknown or missing reader.
+        UserError: no such file, no video, or a missing reader.
     """
     media = as_media(video)
 
@@ -173,7 +173,7 @@ def frame_times(video: Readable, reader: str = "pyav") -> list[float]:
         return times
 
     try:
-        return collect(_reader(reader))
+        return collect(_READERS[reader])
     except _NoTimes:
         return collect(_by_index)
 
@@ -404,20 +404,10 @@ def _import_decord() -> Any:
         raise UserError("decord is not installed; pip install 'fsae[decord]', or use the reader pyav") from None
 
 
-def check_reader(name: str) -> None:
-    """Refuse, before any work, a reader that is unknown or not installed.
-
-    Raises:
-        UserError: it is.
-    """
-    if _reader(name) is _by_decord:
+def check_reader(name: Reader) -> None:
+    """UserError, before any work, if a reader is not installed."""
+    if name == "decord":
         _import_decord()
 
 
-_READERS: dict[str, Callable[[Media, Fraction], Iterator[Timed]]] = {"pyav": _by_pyav, "decord": _by_decord}
-
-
-def _reader(name: str) -> Callable[[Media, Fraction], Iterator[Timed]]:
-    if name not in _READERS:
-        raise UserError(f"there is no reader {name!r}; use {' or '.join(_READERS)}")
-    return _READERS[name]
+_READERS: dict[Reader, Callable[[Media, Fraction], Iterator[Timed]]] = {"pyav": _by_pyav, "decord": _by_decord}

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -328,14 +328,9 @@ def _encode(path: Path, frames: Iterable[ArrayLike], fps: float, metadata: Mappi
     with av.open(os.fspath(path), "w", options=options) as container:
         container.metadata.update({key: str(value) for key, value in metadata.items()})
         stream = _add_stream(container, shape, fps)
-        for index, image in enumerate(_chain(first, pictures)):
+        for index, image in enumerate(chain([first], pictures)):
             container.mux(stream.encode(_to_frame(image, shape, index)))
         container.mux(stream.encode(None))
-
-
-def _chain(first: ArrayLike, rest: Iterator[ArrayLike]) -> Iterator[ArrayLike]:
-    yield first
-    yield from rest
 
 
 def _add_stream(container: av.container.OutputContainer, shape: tuple[int, ...], fps: float) -> av.VideoStream:

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fsae.bounds import Count, Index, Several, Weight, check
-from fsae.data.config import ClipsConfig
 from fsae.errors import UserError
-from fsae.training.config import LoopConfig, OptimizerConfig
+from fsae.training.config import ClipTrainingConfig, OptimizerConfig
 
 Conversion = Literal["none", "dc-ae", "standard", "lite"]
 
@@ -109,13 +108,11 @@ class DistillationConfig:
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig:
+class AutoencoderConfig(ClipTrainingConfig):
     """Training of FSAE on one's own videos or images.
 
     Attributes:
         data: Folder of videos and images, or a .jsonl or .csv list with the column path.
-        loop: The run.
-        clips: What is taken of data, and of more.
         model: A preset's name, or the folder of a saved FSAE to go on from; with convert dc-ae, the folder of a DC-AE.
         model_options: Values that replace some of the preset's, or that the conversion takes, by name.
         convert: What is made of the model before it is trained: "dc-ae" inflates a DC-AE to an FSAE with a causal
@@ -129,19 +126,11 @@ class AutoencoderConfig:
         alignment: The Video VF loss.
         distillation: The decoder to imitate.
         patch: The patches that the decoder is trained on.
-        gradient_checkpointing: Recompute each block in the backward pass to save memory.
-        validation_data: Folder or list of held-out clips to validate on; without it, the first training
-            clips.
-        validation_samples: Clips to validate on.
         statistics_batches: Batches of training clips from which the latents' mean and deviation are measured
             in the end.
         channels_last: Keep convolutions in channels-last layout, about twice as fast.
     """
 
-    data: str
-    loop: LoopConfig
-    clips: ClipsConfig = field(default_factory=ClipsConfig)
-    model: str = "nano"
     model_options: dict[str, Any] = field(default_factory=dict)
     convert: Conversion = "none"
     freeze_encoder: bool = False
@@ -152,14 +141,11 @@ class AutoencoderConfig:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
-    gradient_checkpointing: bool = False
-    validation_data: str | None = None
-    validation_samples: Count = 4
     statistics_batches: Count = 32
     channels_last: bool = True
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if self.alignment.teacher == "lpips" and not self.perceptual_weights:
             raise UserError("alignment.teacher is lpips, but there are no perceptual_weights; give LPIPS's files")
         if self.alignment.teacher is not None and self.freeze_encoder:

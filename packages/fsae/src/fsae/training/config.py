@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 from fsae.bounds import Bound, Count, Decay, Folder, Index, Positive, Share, Weight, check
+from fsae.data.config import ClipsConfig
 from fsae.errors import require
 
 Betas = Annotated[tuple[float, float], Bound("two numbers in [0, 1)", lambda betas: all(0 <= b < 1 for b in betas))]
@@ -157,3 +158,29 @@ _HARMLESS = (
     "tensorboard",
     "sharding",
 )
+
+
+@dataclass(frozen=True)
+class ClipTrainingConfig:
+    """What all trainings on clips have in common.
+
+    Attributes:
+        data: Folder of videos and images, or a .jsonl or .csv list with the columns path and caption.
+        loop: The run.
+        clips: What is taken of data, and of more.
+        model: A preset's name, or the folder of a saved model to go on from.
+        gradient_checkpointing: Recompute each block in the backward pass to save memory.
+        validation_data: Folder or list of held-out clips to validate on; without it, the first training clips.
+        validation_samples: Clips to validate on.
+    """
+
+    data: str
+    loop: LoopConfig
+    clips: ClipsConfig = field(default_factory=ClipsConfig)
+    model: str = "nano"
+    gradient_checkpointing: bool = False
+    validation_data: str | None = None
+    validation_samples: Count = 4
+
+    def __post_init__(self) -> None:
+        check(self)

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -14,30 +14,14 @@ from torch.utils.data import default_collate
 
 from fsae.commandline import INTERRUPTED
 from fsae.data.buckets import BucketedClips
-from fsae.data.config import ClipsConfig
 from fsae.data.datasets import ClipDataset, VideoFolder
 from fsae.errors import UserError
 from fsae.storage.files import atomic_folder, check_folder
-from fsae.training.config import LoopConfig
+from fsae.training.config import ClipTrainingConfig
 from fsae.training.loop import TrainingResult
 
 
-class ClipSettings(Protocol):
-    """What the configurations of all trainings say about their clips."""
-
-    @property
-    def data(self) -> str: ...
-    @property
-    def loop(self) -> LoopConfig: ...
-    @property
-    def clips(self) -> ClipsConfig: ...
-    @property
-    def validation_data(self) -> str | None: ...
-    @property
-    def validation_samples(self) -> int: ...
-
-
-def read_samples(config: ClipSettings, dataset: Any = None, validation: Any = None) -> tuple[Any, Any, Any]:
+def read_samples(config: ClipTrainingConfig, dataset: Any = None, validation: Any = None) -> tuple[Any, Any, Any]:
     """The samples to train on, those held out, and the batch of these to validate on, None if the run never does.
 
     A dataset that is given stands for the clips that `config` describes. Without held-out samples the first training

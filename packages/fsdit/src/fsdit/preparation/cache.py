@@ -5,7 +5,7 @@ Sample N is in shard N // shard_size, and shard k is made by process k % ranks, 
 files do not depend on how many processes make them, or how often they are stopped.
 
 The encoders take turns: the text encoder, the largest, for all captions; then the image encoder and the autoencoder
-together, so that each clip is read once.
+together, so that each clip is read once. Pairs are a clip's latents and those of its half-size copy (paper §2.4.1).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import json
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from fsae.devices import choose_device
 from fsae.errors import UserError
 from fsae.storage.files import check_folder
 from fsae.transcoding.fingerprints import encoder_fingerprint
-from fsdit.conditioning.encoders import ImageEncoder
+from fsdit.conditioning.encoders import ImageEncoder, resize_for_clip
 from fsdit.conditioning.folders import (
     image_encoder_fingerprint,
     load_image_encoder,
@@ -43,6 +43,7 @@ from fsdit.conditioning.folders import (
 )
 from fsdit.preparation import shards
 from fsdit.preparation.config import CacheConfig
+from fsdit.preparation.pairs import check_pair_size, encode_pair
 from fsdit.preparation.prompts import PromptCache
 from fsdit.training.data import report_missing_captions
 
@@ -93,8 +94,13 @@ class CacheReport:
     skipped: dict[str, str]
 
 
-def make_cache(config: CacheConfig) -> CacheReport:
+def make_cache(config: CacheConfig, clips: Any = None) -> CacheReport:
     """Make a process's shards of a cache, those that are not finished.
+
+    Args:
+        config: What is encoded, by what, and where it goes.
+        clips: With what `BucketedClips` has of `buckets`, `entries`, `entry` and `read`; the clips that `config`
+            describes if None.
 
     Raises:
         UserError: the folder holds another cache or other things, or cannot be written; nothing can be read; a part
@@ -104,7 +110,8 @@ def make_cache(config: CacheConfig) -> CacheReport:
     check_folder(folder)
     shards.check_place(folder)
     device = choose_device(config.device)
-    clips = BucketedClips(config.mixture, config.seed)
+    if clips is None:
+        clips = BucketedClips(config.clips.mixture(config.data), config.seed)
     places = list_places(clips, config.clips_per_file)
     header = _header(config, clips, places)
     shards.begin(folder, header)
@@ -115,12 +122,14 @@ def make_cache(config: CacheConfig) -> CacheReport:
         shards.remove_remains(folder, number)
     done = {number: shards.finished_shard(folder, number, config.verify) for number in own}
     todo = {n: places[n * config.shard_size : (n + 1) * config.shard_size] for n in own if done[n] is None}
-    prompts = PromptCache(config.prompts or folder / "prompts", header.text_encoder, config.text_len)
-    captions = [_caption(clips, place) for chosen in todo.values() for place in chosen]
-    prompts.fill(["", *captions], partial(load_text_encoder, config.encoders, config.text_len), device)
-    shards.write_empty(folder, prompts.require("").rows)
+    prompts = None
+    if config.encoders:
+        prompts = PromptCache(config.prompts or folder / "prompts", header.text_encoder, config.text_len)
+        captions = [clips.entry(place.item).caption for chosen in todo.values() for place in chosen]
+        prompts.fill(["", *captions], partial(load_text_encoder, config.encoders, config.text_len), device)
+        shards.write_empty(folder, prompts.require("").rows)
     if todo:
-        _encode(config, device, clips, prompts, todo)
+        _encode(config, header, device, clips, prompts, todo)
     finished = [shards.read_shard(folder, number) for number in own]
     return CacheReport(
         folder=folder,
@@ -144,14 +153,12 @@ def list_places(clips: BucketedClips, clips_per_file: int) -> list[Place]:
     return places
 
 
-def _caption(clips: BucketedClips, place: Place) -> str:
-    return clips.entry(place.item).caption
-
-
 def _header(config: CacheConfig, clips: BucketedClips, places: list[Place]) -> shards.Header:
     with loaded(partial(_load_autoencoder, config.autoencoder)) as autoencoder:
         for bucket in clips.buckets:
             autoencoder.latent_shape(bucket.frames, *bucket.size)
+            if config.pairs:
+                check_pair_size(autoencoder, *bucket.size)
         fingerprint = encoder_fingerprint(autoencoder)
     digest = hashlib.sha256()
     for place in places:
@@ -159,9 +166,9 @@ def _header(config: CacheConfig, clips: BucketedClips, places: list[Place]) -> s
         digest.update(json.dumps([*place, media.member or media.path.name, media.start, media.end, caption]).encode())
     return shards.Header(
         autoencoder=fingerprint,
-        text_encoder=text_encoder_fingerprint(config.encoders),
-        image_encoder=image_encoder_fingerprint(config.encoders),
-        clips=asdict(config.mixture),
+        text_encoder=text_encoder_fingerprint(config.encoders) if config.encoders else "",
+        image_encoder=image_encoder_fingerprint(config.encoders) if config.encoders else "",
+        clips=asdict(config.clips.mixture(config.data)),
         buckets=[
             {
                 "frames": bucket.frames,
@@ -177,8 +184,10 @@ def _header(config: CacheConfig, clips: BucketedClips, places: list[Place]) -> s
         shard_size=config.shard_size,
         clips_per_file=config.clips_per_file,
         latents=config.latents,
-        text_len=config.text_len,
+        text_len=config.text_len if config.encoders else 0,
         seed=config.seed,
+        pairs=config.pairs,
+        image_size=0 if config.encoders else config.image_size,
     )
 
 
@@ -194,9 +203,10 @@ def _load_autoencoder(folder: str) -> FSAE:
 
 def _encode(
     config: CacheConfig,
+    header: shards.Header,
     device: torch.device,
     clips: BucketedClips,
-    prompts: PromptCache,
+    prompts: PromptCache | None,
     todo: dict[int, list[Place]],
 ) -> None:
     """Make the shards in `todo`, one after the other."""
@@ -211,7 +221,7 @@ def _encode(
     places = [place for chosen in todo.values() for place in chosen]
     with (
         loaded(partial(_load_autoencoder, config.autoencoder), device) as autoencoder,
-        loaded(partial(load_image_encoder, config.encoders), device) as image_encoder,
+        loaded(partial(load_image_encoder, config.encoders), device) if prompts else nullcontext() as image_encoder,
         closing(ahead(read, places, config.readers)) as stream,
         tqdm(total=len(places), desc="encoding clips", unit="clip") as progress,
         torch.inference_mode(),
@@ -222,35 +232,47 @@ def _encode(
             skipped: list[tuple[str, str]] = []
             read_clips = _readable(islice(stream, len(chosen)), clips, skipped, progress)
             for batch in _batches(read_clips, config.batch_size):
-                latents, images = encode_batch(config, autoencoder, image_encoder, batch)
-                for clip, latent, image in zip(batch, latents, images, strict=True):
-                    sample = _sample(clips, prompts, clip, latent)
+                encoded = encode_batch(config, autoencoder, image_encoder, batch)
+                for clip, *parts in zip(batch, *encoded.values(), strict=True):
+                    values = dict(zip(encoded, parts, strict=True))
+                    sample = _sample(clips, prompts, clip, values)
                     samples.append(sample)
-                    tensors[f"latents.{sample.number}"] = latent
-                    tensors[f"image.{sample.number}"] = image
-                    tensors[f"text.{sample.text}"] = prompts.require(sample.caption).rows
+                    if prompts:
+                        values["text"] = prompts.require(sample.caption).rows
+                    names = header.names(sample.number, sample.text)
+                    tensors |= {name: values[key] for key, name in names.items()}
             shards.write_shard(Path(config.output), number, tensors, samples, skipped)
 
 
 def encode_batch(
-    config: CacheConfig, autoencoder: FSAE, image_encoder: ImageEncoder, batch: list[Clip]
-) -> tuple[Tensor, Tensor]:
-    """Latents `B c t h w` and image embeddings `B M D'` of clips of one size, on the CPU."""
+    config: CacheConfig, autoencoder: FSAE, image_encoder: ImageEncoder | None, batch: list[Clip]
+) -> dict[str, Tensor]:
+    """What `shards.Header.names` names of clips of one size, on the CPU; not the text."""
     video = torch.stack([clip.video for clip in batch if clip.video is not None])
     video = video.to(next(autoencoder.parameters()).device)
     memory = int(config.memory_gb * 1e9) or None
-    latents = autoencoder.encode(video, memory=memory).to(_DTYPES[config.latents])
-    return latents.cpu(), image_encoder(video[:, :, 0]).cpu()
+    if config.pairs:
+        low, high = encode_pair(autoencoder, video, memory)
+        latents = {"low": low, "high": high}
+    else:
+        latents = {"latents": autoencoder.encode(video, memory=memory)}
+    values = {name: value.to(_DTYPES[config.latents]).cpu() for name, value in latents.items()}
+    if image_encoder is None:
+        return {**values, "image": resize_for_clip(video[:, :, 0], config.image_size).half().cpu()}
+    return {**values, "image_embedding": image_encoder(video[:, :, 0]).cpu()}
 
 
-def _sample(clips: BucketedClips, prompts: PromptCache, clip: Clip, latents: Tensor) -> shards.SampleRecord:
+def _sample(
+    clips: BucketedClips, prompts: PromptCache | None, clip: Clip, values: dict[str, Tensor]
+) -> shards.SampleRecord:
     place, entry = clip.place, clips.entry(clip.place.item)
-    if not bool(latents.isfinite().all()):
+    sizes = [values[name] for name in ("low", "high", "latents") if name in values]
+    if not all(bool(latents.isfinite().all()) for latents in sizes):
         raise UserError(
-            f"the latents of {entry.media} are not finite numbers in {_NAMES[latents.dtype]}; keep them in fp32, or "
+            f"the latents of {entry.media} are not finite numbers in {_NAMES[sizes[0].dtype]}; keep them in fp32, or "
             "look at the autoencoder's statistics"
         )
-    c, t, h, w = latents.shape
+    c, t, h, w = sizes[-1].shape
     return shards.SampleRecord(
         number=place.number,
         bucket=place.bucket,
@@ -259,7 +281,7 @@ def _sample(clips: BucketedClips, prompts: PromptCache, clip: Clip, latents: Ten
         start=clip.span[0],
         end=clip.span[1],
         caption=entry.caption,
-        text=prompts.key(entry.caption)[:32],
+        text=prompts.key(entry.caption)[:32] if prompts else "",
         shape=(c, t, h, w),
     )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fsae.bounds import Bound, Count, Folder, Index, Several, Source, Text, Weight, check
-from fsae.data.config import ClipsConfig, Mixture
+from fsae.data.config import ClipsConfig
 from fsae.errors import UserError, require
 
 
@@ -14,15 +14,22 @@ from fsae.errors import UserError, require
 class CacheConfig:
     """Clips encoded once: their latents, and the embeddings of their captions and first frames.
 
+    Without encoders the cache keeps captions and first frames themselves, for a training that brings its encoders, and
+    trains them if it likes.
+
     Attributes:
         data: Folder of videos and images, or a .jsonl or .csv list with the columns path and caption.
         output: Folder of the cache. What is finished in it stays, and the same command goes on with the rest.
         autoencoder: Folder of the saved FSAE that gives the latents.
-        encoders: Folder with text_encoder, tokenizer and image_encoder.
+        encoders: Folder with text_encoder, tokenizer and image_encoder; empty keeps captions and first frames as they
+            are.
+        pairs: Keep of each clip the latents of its half-size copy as well, for the upsampler and the refiner. Sides are
+            then multiples of 128.
         clips: What is taken of data, and of more; buckets take the place of frames, height and width.
         clips_per_file: How many clips to take of each file, at places drawn by chance.
         latents: Precision in which latents are kept, "fp16" or "fp32".
         text_len: The most tokens of a caption, the transformer's text_len.
+        image_size: Without encoders, the side of the first frames that are kept: the image encoder's image_size.
         prompts: Folder of prompt embeddings to use and to add to; null is OUTPUT/prompts.
         shard_size: Samples in a file.
         batch_size: Clips of one size that are encoded together.
@@ -38,11 +45,13 @@ class CacheConfig:
     data: Source
     output: Folder
     autoencoder: Folder
-    encoders: Folder
+    encoders: str = ""
+    pairs: bool = False
     clips: ClipsConfig = field(default_factory=ClipsConfig)
     clips_per_file: Count = 1
     latents: Literal["fp16", "fp32"] = "fp16"
     text_len: Several = 512
+    image_size: Count = 64
     prompts: str | None = None
     shard_size: Count = 256
     batch_size: Count = 1
@@ -60,13 +69,8 @@ class CacheConfig:
         if self.encoders == "nano":
             raise UserError(
                 'encoders "nano" start with random weights and are trained with the transformer, so that what they '
-                "give cannot be kept; give a folder of trained encoders"
+                "give cannot be kept; leave encoders out, or give a folder of trained ones"
             )
-
-    @property
-    def mixture(self) -> Mixture:
-        """Sources, buckets, and how videos are sampled."""
-        return self.clips.mixture(self.data)
 
 
 PROMPT = (

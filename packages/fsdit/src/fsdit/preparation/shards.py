@@ -2,7 +2,8 @@
 
     cache.json               what it was made of and by (`Header`)
     empty.safetensors        "text", the embedding of the empty prompt
-    shard-00000.safetensors  "latents.N" c t h w and "image.N" M D' of the samples N, "text.KEY" L D of their captions
+    shard-00000.safetensors  "latents.N" c t h w and "image.N" M D' of the samples N, "text.KEY" L D of their captions;
+                             of pairs "low.N" c t h/2 w/2 as well; without encoders only "frame.N" 3 S S beside them
     shard-00000.json         the shard's size and hash, its samples, and files that could not be read
 
 A shard's .json is written last: where there is one, the shard is finished. Of a text embedding only the used rows are
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ VERSION = 1
 _HEADER, _EMPTY = "cache.json", "empty.safetensors"
 
 # What another cache may differ in, and what to give so that it does not.
-_PARTS = {
+PARTS = {
     "autoencoder": "autoencoder",
     "text_encoder": "text encoder",
     "image_encoder": "image encoder",
@@ -39,6 +40,8 @@ _PARTS = {
     "buckets": "buckets",
     "clips": "sources or clip settings",
     "text_len": "text_len",
+    "pairs": "setting of pairs",
+    "image_size": "image_size",
     "latents": "precision of the latents",
     "clips_per_file": "clips_per_file",
     "shard_size": "shard_size",
@@ -54,7 +57,8 @@ class Header:
 
     Attributes:
         autoencoder: `fsae.transcoding.fingerprints.encoder_fingerprint` of the autoencoder.
-        text_encoder: `fsdit.conditioning.pretrained.folder_fingerprint` of the text encoder and its tokenizer.
+        text_encoder: `fsdit.conditioning.pretrained.folder_fingerprint` of the text encoder and its tokenizer; empty
+            where captions and first frames are kept in place of embeddings.
         image_encoder: The same of the image encoder.
         clips: The fields of ClipsConfig.
         buckets: Of each, frames, size, batch_size, share and the sources' weights.
@@ -65,6 +69,8 @@ class Header:
         latents: "fp16" or "fp32".
         text_len: The most rows of a text embedding.
         seed: Of the places where clips start.
+        pairs: Whether each clip has the latents of its half-size copy.
+        image_size: Side of the first frames; 0 where there are embeddings.
         version: Of this format.
     """
 
@@ -80,7 +86,17 @@ class Header:
     latents: str
     text_len: int
     seed: int
+    pairs: bool = False
+    image_size: int = 0
     version: int = VERSION
+
+    def names(self, number: int, text: str) -> dict[str, str]:
+        """What a sample holds, and by which name its shard has it; arguments as in `SampleRecord`."""
+        whole = f"latents.{number}"
+        latents = {"low": f"low.{number}", "high": whole} if self.pairs else {"latents": whole}
+        if not self.text_encoder:
+            return {**latents, "image": f"frame.{number}"}
+        return {**latents, "text": f"text.{text}", "image_embedding": f"image.{number}"}
 
     @property
     def shards(self) -> int:
@@ -90,7 +106,7 @@ class Header:
     def differences(self, other: Header) -> list[str]:
         """What another header differs in, in words."""
         own, its = (json.loads(json.dumps(asdict(header))) for header in (self, other))
-        return [words for name, words in _PARTS.items() if own[name] != its[name]]
+        return [words for name, words in PARTS.items() if own[name] != its[name]]
 
 
 @dataclass(frozen=True)
@@ -105,8 +121,8 @@ class SampleRecord:
         start: When the clip's first frame begins in the file, in seconds.
         end: When its last frame begins.
         caption: As the source gives it.
-        text: KEY of its embedding's name.
-        shape: (c, t, h, w) of the latents.
+        text: KEY of its embedding's name; empty without encoders.
+        shape: (c, t, h, w) of the latents, of pairs the high ones.
     """
 
     number: int
@@ -232,6 +248,11 @@ def _sha256(path: Path) -> str:
 # --- reading
 
 
+def is_cache(folder: str) -> bool:
+    """Whether this is the folder of a cache, finished or not."""
+    return Path(folder, _HEADER).is_file()
+
+
 def read_header(folder: Path) -> Header:
     """What cache.json says.
 
@@ -272,13 +293,6 @@ def read_shard(folder: Path, number: int) -> Shard:
     if (size := path.stat().st_size) != shard.size:
         raise CheckpointError(f"{path} is cut short or changed: it has {size} bytes, not {shard.size}; {again}")
     return shard
-
-
-def verify_shards(folder: Path, shards: Sequence[Shard]) -> Iterator[Path]:
-    """The files whose content is not what was written, by their hashes; reads everything."""
-    for number, shard in enumerate(shards):
-        if _sha256(shard_path(folder, number)) != shard.sha256:
-            yield shard_path(folder, number)
 
 
 def read_empty(folder: Path) -> Tensor:

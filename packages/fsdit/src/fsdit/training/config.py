@@ -8,25 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fsae.bounds import Count, Positive, Share, Weight, check
-from fsae.data.config import ClipsConfig
+from fsae.bounds import Count, Positive, Share, Weight
 from fsae.errors import UserError
-from fsae.training.config import LoopConfig
+from fsae.training.config import ClipTrainingConfig
 from fsdit.flow.path import FlowSchedule
 
 
-@dataclass(frozen=True)
-class FlowMatchingConfig:
+@dataclass(frozen=True, kw_only=True)
+class FlowMatchingConfig(ClipTrainingConfig):
     """What the base model's training and the refiner's have in common.
 
     Attributes:
-        data: Folder of videos and images, or a .jsonl or .csv list with the columns path and caption.
         autoencoder: Folder of the saved FSAE that turns clips into latents; it stays as it is.
-        loop: The run.
         model: A preset's name, or the folder of a saved FSDiT to go on from.
         encoders: Folder with text_encoder, tokenizer and image_encoder, or "nano" for small ones with random weights.
         train_encoders: Train the text and image encoder with the transformer; by default only those that start random.
-        clips: What is taken of data, and of more.
         flow: Noise levels: logit-normal with mean and std, then shifted.
         huber_delta: Where the pseudo-Huber loss turns from square to linear, as a root mean square error.
         huber_elements: Take that loss of each element by itself, not of a sample's mean square error; 0.1 then suits
@@ -36,39 +32,29 @@ class FlowMatchingConfig:
             it and are made of the caption alone.
         caption_dropout: Share of captions replaced by the empty prompt, which classifier-free guidance needs.
         router_rate: Learning rate of the Layer Memory routers as a multiple of the others'; they are never decayed.
-        gradient_checkpointing: Recompute each block in the backward pass to save memory.
         context_parallel: How many processes share each sample, by its tokens; the number of processes is a multiple of
             it. The weights do not depend on it where the other processes' number stays.
-        validation_data: Folder or list of held-out clips to validate on; without it, the first training clips.
-        validation_samples: Clips to validate on.
         validation_steps: Sampling steps for the validation clips.
         validation_guidance: Their classifier-free guidance; 1 for none.
         validation_fps: Frames per second of the videos that show them, in OUTPUT_DIR/samples.
     """
 
-    data: str
     autoencoder: str
-    loop: LoopConfig
-    model: str = "nano"
     encoders: str = "nano"
     train_encoders: bool | None = None
-    clips: ClipsConfig = field(default_factory=ClipsConfig)
     flow: FlowSchedule = field(default_factory=FlowSchedule)
     huber_delta: Positive = 0.25
     huber_elements: bool = False
     stills_see_image: bool = False
     caption_dropout: Share = 0.1
     router_rate: Weight = 10.0
-    gradient_checkpointing: bool = False
     context_parallel: Count = 1
-    validation_data: str | None = None
-    validation_samples: Count = 4
     validation_steps: Count = 20
     validation_guidance: float = 3.0
     validation_fps: Positive = 24.0
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if self.encoders == "nano" and self.train_encoders is False:
             raise UserError(
                 'encoders "nano" start with random weights, but train_encoders is false; '
@@ -91,7 +77,7 @@ class TransformerConfig(FlowMatchingConfig):
         autoencoder: Folder of the saved FSAE that turns clips into latents; it stays as it is. With cache it is only
             needed to see validation samples.
         encoders: Folder with text_encoder, tokenizer and image_encoder, or "nano" for small ones with random weights.
-            Left out with cache, which holds what they gave.
+            Left out with a cache that holds what they gave.
         cache: Folders that "fsdit cache" made, in place of data.
         model_options: Values that replace some of the preset's, by name.
         validation_data: Folder or list of held-out clips to validate on, with cache a cache of such; without it, the
@@ -105,28 +91,5 @@ class TransformerConfig(FlowMatchingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.cache:
-            self._check_cache()
-
-    def _check_cache(self) -> None:
-        """What a cache has settled already."""
-        if self.data:
+        if self.cache and self.data:
             raise UserError(f"data is {self.data!r} and cache is {self.cache}; a training reads one of them, give one")
-        unset = ClipsConfig()
-        settled = ("buckets", "more_data", "fps", "stride", "reader")
-        given = [f"clips.{name}" for name in settled if getattr(self.clips, name) != getattr(unset, name)]
-        given += ["encoders"] if self.encoders != "nano" else []
-        if given:
-            raise UserError(
-                f"{given[0]} is given with cache, in which all clips are cut and encoded; leave {given[0]} out"
-            )
-        if self.train_encoders:
-            raise UserError(
-                "train_encoders is true, but a cache holds what the encoders gave; "
-                "give data in place of cache, or leave train_encoders out"
-            )
-
-    @property
-    def trains_encoders(self) -> bool:
-        """Whether text and image encoder are trained: never from a cache, which has no use for them."""
-        return not self.cache and super().trains_encoders

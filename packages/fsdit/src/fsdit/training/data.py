@@ -4,9 +4,11 @@ A sample is one of three:
 
 - a clip, `{"video": 3 T H W in [-1, 1], "caption": str}` (`fsae.data.datasets.VideoFolder`), encoded on the fly;
 - a clip encoded by the autoencoder, `{"latents": C t h w, "caption": str, "image": 3 S S}`, with the first frame at the
-  image encoder's size (`CachedClips`, in memory);
-- a clip encoded by all encoders, `{"latents": C t h w, "text": L D, "image_embedding": M D', "caption": str}`
-  (`CachedLatents`, on disk).
+  image encoder's size;
+- a clip encoded by all encoders, `{"latents": C t h w, "text": L D, "image_embedding": M D', "caption": str}`.
+
+The last two are what `fsdit cache` wrote, without encoders and with them (`CachedLatents`). Its pairs have the latents
+`low`, `C t h w`, and `high`, `C t 2h 2w`, in place of `latents`.
 """
 
 from __future__ import annotations
@@ -16,22 +18,27 @@ import json
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 from fsae import FSAE
 from fsae.data.buckets import Bucket, BucketOrder
+from fsae.data.config import SIDE, STRIDE, ClipsConfig
 from fsae.data.order import Cut
 from fsae.data.sources import Entry
 from fsae.errors import CheckpointError, UserError
-from fsdit.conditioning.encoders import pad_text, resize_for_clip
+from fsae.storage.files import check_folder
+from fsae.training.config import ClipTrainingConfig
+from fsae.transcoding.fingerprints import encoder_fingerprint
+from fsdit.conditioning.encoders import pad_text
+from fsdit.conditioning.folders import image_encoder_fingerprint, text_encoder_fingerprint
 from fsdit.preparation import shards
 
 PathLike = str | os.PathLike[str]
@@ -54,73 +61,10 @@ def to_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-class LatentClip(TypedDict):
-    """An encoded sample."""
-
-    latents: Tensor
-    caption: str
-    image: Tensor
-
-
-class CachedClips(Dataset[LatentClip]):
-    """Encoded clips of one size in memory.
-
-    Args:
-        latents: `M C t h w`, normalised.
-        captions: M.
-        images: `M 3 S S`, first frames as `resize_for_clip` leaves them.
-    """
-
-    def __init__(self, latents: Tensor, captions: Sequence[str], images: Tensor) -> None:
-        if not len(latents) == len(captions) == len(images):
-            raise ValueError(f"{len(latents)} latents, {len(captions)} captions and {len(images)} images given")
-        self.latents = latents
-        self.captions = list(captions)
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def __getitem__(self, index: int) -> LatentClip:
-        return {
-            "latents": self.latents[index].float(),
-            "caption": self.captions[index],
-            "image": self.images[index].float(),
-        }
-
-
-@torch.no_grad()
-def encode_clips(dataset: Any, autoencoder: FSAE, image_size: int, batch_size: int = 1) -> CachedClips:
-    """Encode every clip of a map-style dataset once, on the autoencoder's device; images are kept in half precision.
-
-    Args:
-        dataset: items `{"video": 3 T H W, "caption": str}`, all of one size.
-        autoencoder: gives the latents.
-        image_size: S, the image encoder's `image_size`.
-        batch_size: clips encoded together.
-    """
-    device = next(autoencoder.parameters()).device
-    latents, captions, images = [], [], []
-    for batch in tqdm(DataLoader(dataset, batch_size=batch_size), desc="encoding clips", unit="batch"):
-        video = batch["video"].to(device)
-        latents.append(autoencoder.encode(video).float().cpu())
-        images.append(resize_for_clip(video[:, :, 0], image_size).half().cpu())
-        captions.extend(batch["caption"])
-    return CachedClips(torch.cat(latents), captions, torch.cat(images))
-
-
-class CachedSample(TypedDict):
-    """A sample of `CachedLatents`, all of float32: latents `C t h w`, text `L D` (the used rows), image embedding
-    `M D'` of the first frame."""
-
-    latents: Tensor
-    text: Tensor
-    image_embedding: Tensor
-    caption: str
-
-
-class CachedLatents(Dataset[CachedSample]):
+class CachedLatents(Dataset[dict[str, Any]]):
     """Map-style dataset of what `fsdit cache` wrote; tensors are mapped from the files and read when asked for.
+
+    Items are named in this file's head, all tensors in float32; of a text only the used rows are given.
 
     It brings its own order, so that each micro-batch has one shape, and `collate` for it. A sample is the same in
     all epochs.
@@ -128,31 +72,29 @@ class CachedLatents(Dataset[CachedSample]):
     Args:
         folders: The cache, or several that were made with the same autoencoder and encoders; each then has its share
             of the samples in proportion to its length.
-        autoencoder: `fsae.transcoding.fingerprints.encoder_fingerprint` of the autoencoder that the latents must be of;
-            None takes any.
 
     Attributes:
-        empty_text: The embedding of the empty prompt, `L D`, for caption dropout (`pad_text` gives it its rows).
+        pairs: Whether the latents are `low` and `high`.
+        empty_text: The embedding of the empty prompt, `L D`, for caption dropout (`pad_text` gives it its rows); None
+            where there are no embeddings.
         text_len: Rows of a batch's text.
         settings: What decides the samples, as JSON, for a checkpoint to compare.
         samples: What is known of each sample: path, span, caption, shape.
 
     Raises:
-        UserError: a folder is no cache or an unfinished one, a shard is missing or cut short, two caches do not belong
-            together, or the autoencoder is another one.
+        UserError: a folder is no cache or an unfinished one, a shard is missing or cut short, or two caches do not
+            belong together.
     """
 
-    def __init__(self, folders: PathLike | Sequence[PathLike], autoencoder: str | None = None) -> None:
+    def __init__(self, folders: PathLike | Sequence[PathLike]) -> None:
         given: Sequence[PathLike] = [folders] if isinstance(folders, str | os.PathLike) else folders
         self.folders = [Path(folder) for folder in given]
         if not self.folders:
             raise UserError("no cache is given; give a folder that 'fsdit cache' made")
         self.headers = [shards.read_header(folder) for folder in self.folders]
-        self._check_made_alike()
-        if autoencoder is not None:
-            self.check_autoencoder(autoencoder)
-        self.text_len = self.headers[0].text_len
-        self.empty_text = shards.read_empty(self.folders[0])
+        self.check_made_alike(self)
+        self.text_len, self.pairs = self.headers[0].text_len, self.headers[0].pairs
+        self.empty_text = shards.read_empty(self.folders[0]) if self.headers[0].text_encoder else None
         self.samples: list[shards.SampleRecord] = []
         self.buckets: list[Bucket] = []
         self._places: list[tuple[int, int]] = []  # (folder, shard) of each sample
@@ -171,13 +113,13 @@ class CachedLatents(Dataset[CachedSample]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> CachedSample:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self.sample(index, 0)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": OrderedDict()}  # open files stay with their process
 
-    def sample(self, index: int, epoch: int) -> CachedSample:
+    def sample(self, index: int, epoch: int) -> dict[str, Any]:
         """A sample; the same in every epoch.
 
         Raises:
@@ -188,58 +130,69 @@ class CachedLatents(Dataset[CachedSample]):
         about, place = self.samples[index], self._places[index]
         try:
             file = self._file(place)
-            names = (f"latents.{about.number}", f"text.{about.text}", f"image.{about.number}")
-            latents, text, image = (file.get_tensor(name).float() for name in names)
+            names = self.headers[place[0]].names(about.number, about.text)
+            tensors = {key: file.get_tensor(name).float() for key, name in names.items()}
         except (SafetensorError, OSError) as error:
             path = shards.shard_path(self.folders[place[0]], place[1])
             raise CheckpointError(
                 f"{path} cannot be read ({error}); run its 'fsdit cache' again with verify, which makes it anew"
             ) from None
-        return {"latents": latents, "text": text, "image_embedding": image, "caption": about.caption}
+        return {**tensors, "caption": about.caption}
 
     @property
     def shapes(self) -> list[tuple[int, int, int, int]]:
-        """(C, t, h, w) of each sample's latents."""
+        """(C, t, h, w) of each sample's latents, of pairs the high ones."""
         return [sample.shape for sample in self.samples]
 
     def order(self, cut: Cut) -> BucketOrder:
         """The order in which a training loop sees the items: each micro-batch is of one bucket, so of one shape."""
         return BucketOrder(self.buckets, cut)
 
-    def collate(self, items: Sequence[CachedSample]) -> dict[str, Any]:
-        """A batch of one shape: latents `B C t h w`, text `B text_len D`, image_embedding `B M D'`, caption B."""
-        return {
-            "latents": torch.stack([item["latents"] for item in items]),
-            "text": pad_text([item["text"] for item in items], self.text_len),
-            "image_embedding": torch.stack([item["image_embedding"] for item in items]),
-            "caption": [item["caption"] for item in items],
-        }
+    def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of one shape: B captions, text `B text_len D`, and all else stacked."""
+        batch: dict[str, Any] = {name: [item[name] for item in items] for name in items[0]}
+        for name in batch.keys() - {"text", "caption"}:
+            batch[name] = torch.stack(batch[name])
+        return {**batch, "text": pad_text(batch["text"], self.text_len)} if "text" in batch else batch
 
-    def check_autoencoder(self, fingerprint: str) -> None:
-        """Refuse latents of another autoencoder.
+    def first_of_size(self, config: ClipTrainingConfig) -> dict[str, Any]:
+        """A batch of the first clips of the length and size that are to be validated on.
 
-        Args:
-            fingerprint: `fsae.transcoding.fingerprints.encoder_fingerprint`.
+        Raises:
+            UserError: there is none.
         """
-        if self.headers[0].autoencoder != fingerprint:
+        frames, height, width = config.clips.shapes[0]
+        wanted = 1 + frames // STRIDE, height // SIDE, width // SIDE
+        indices = [index for index, shape in enumerate(self.shapes) if shape[1:] == wanted]
+        if not indices:
+            there = sorted({f"{1 + STRIDE * (t - 1)} of {SIDE * w}x{SIDE * h}" for _, t, h, w in self.shapes})
+            raise UserError(
+                f"no clip of the cache has {frames} frames of {width}x{height} pixels to validate on; "
+                f"set clips.frames, height and width to what it has ({', '.join(there)}), or loop.validate_every to 0"
+            )
+        return self.collate([self[index] for index in indices[: config.validation_samples]])
+
+    def check_autoencoder(self, autoencoder: FSAE) -> None:
+        """Refuse latents of another autoencoder."""
+        if self.headers[0].autoencoder != encoder_fingerprint(autoencoder):
             raise UserError(
                 f"the cache {self.folders[0]} was made with another autoencoder than the one that is given; give the "
                 "one it was made with, or make a cache with this one"
             )
 
     def check_fits(self, config: Any) -> None:
-        """Refuse embeddings that a transformer does not take.
+        """Refuse latents, and embeddings if there are any, that a transformer does not take.
 
         Args:
             config: The transformer's, with latent_channels, text_dim, text_len and image_dim.
         """
-        item = self[0]
-        pairs = [
-            ("latents have", item["latents"].shape[0], config.latent_channels, "channels"),
-            ("text embeddings have", self.empty_text.shape[1], config.text_dim, "channels"),
-            ("image embeddings have", item["image_embedding"].shape[1], config.image_dim, "channels"),
-            ("text is cut at", self.text_len, config.text_len, "tokens"),
-        ]
+        pairs = [("latents have", self.shapes[0][0], config.latent_channels, "channels")]
+        if self.empty_text is not None:
+            pairs += [
+                ("text embeddings have", self.empty_text.shape[1], config.text_dim, "channels"),
+                ("image embeddings have", self[0]["image_embedding"].shape[1], config.image_dim, "channels"),
+                ("text is cut at", self.text_len, config.text_len, "tokens"),
+            ]
         for part, gives, takes, unit in pairs:
             if gives != takes:
                 raise UserError(
@@ -247,25 +200,35 @@ class CachedLatents(Dataset[CachedSample]):
                     "with the encoders and text_len that belong to it"
                 )
 
-    def verify(self) -> None:
-        """Read everything and compare it with its hashes.
+    def check_encoders(self, folder: str) -> None:
+        """Refuse embeddings, if there are any, by other encoders than those in a folder."""
+        header = self.headers[0]
+        if self.empty_text is not None and (header.text_encoder, header.image_encoder) != (
+            text_encoder_fingerprint(folder),
+            image_encoder_fingerprint(folder),
+        ):
+            raise UserError(
+                f"the cache {self.folders[0]} was made with other encoders than {folder}; give the ones it was made "
+                "with, or make a cache with these"
+            )
 
-        Raises:
-            CheckpointError: a file has changed.
-        """
-        for folder, header in zip(self.folders, self.headers, strict=True):
-            for path in shards.verify_shards(folder, [shards.read_shard(folder, n) for n in range(header.shards)]):
-                raise CheckpointError(
-                    f"{path} is damaged; run its 'fsdit cache' again with verify, which makes it anew"
-                )
+    def check_pairs(self, wanted: bool) -> None:
+        """Refuse pairs where single latents are wanted, or the other way round."""
+        if self.pairs != wanted:
+            what = "no pairs of latents" if wanted else "pairs of latents, which upsampler and refiner learn from"
+            with_or_without = "with" if wanted else "without"
+            raise UserError(
+                f"the cache {self.folders[0]} holds {what}; make one by 'fsdit cache' {with_or_without} --pairs true"
+            )
 
-    def _check_made_alike(self) -> None:
+    def check_made_alike(self, other: CachedLatents) -> None:
+        """Refuse folders of another data set that were not made as this one's first."""
         first = self.headers[0]
-        for folder, header in zip(self.folders, self.headers, strict=True):
-            for name in ("autoencoder", "text_encoder", "image_encoder", "text_len"):
+        for folder, header in zip(other.folders, other.headers, strict=True):
+            for name in ("autoencoder", "text_encoder", "image_encoder", "text_len", "pairs", "image_size"):
                 if getattr(header, name) != getattr(first, name):
                     raise UserError(
-                        f"{folder} was cached with another {name.replace('_encoder', ' encoder')} than "
+                        f"{folder} was cached with another {shards.PARTS[name]} than "
                         f"{self.folders[0]}; give caches that were made alike"
                     )
 
@@ -302,3 +265,45 @@ class CachedLatents(Dataset[CachedSample]):
                 self._open.popitem(last=False)
         self._open.move_to_end(place)
         return self._open[place]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What to train on, what is held out, and the batch of it to validate on (None if the run never does).
+
+    If there is an embedding of the empty prompt, `L D`, the samples hold embeddings and no encoder is needed.
+    """
+
+    samples: Any
+    held_out: Any
+    batch: Mapping[str, Any] | None
+    collate: Callable[[list[Any]], Any] | None = None
+    empty_text: Tensor | None = None
+
+
+def read_cache(
+    config: ClipTrainingConfig, cache: CachedLatents, held_out: Any, autoencoder: FSAE | None, *, pairs: bool = False
+) -> Samples:
+    """What a cache holds, once it is known to be of the autoencoder, and to hold `pairs` or none.
+
+    Of `config.clips`, length and size are those to validate on. The samples held out, if not given, are those of the
+    cache `config.validation_data`, or this one's.
+
+    Raises:
+        UserError: it is not what is wanted, or other settings of clips are given.
+    """
+    check_folder(config.loop.output_dir)
+    for name, value in vars(config.clips).items():
+        if name not in ("frames", "height", "width") and value != getattr(ClipsConfig(), name):
+            raise UserError(
+                f"clips.{name} is given with a cache, in which all clips are cut and encoded; leave clips.{name} out"
+            )
+    if held_out is None:
+        held_out = CachedLatents(config.validation_data) if config.validation_data else cache
+    cache.check_pairs(pairs)
+    cache.check_made_alike(held_out)
+    if autoencoder is not None:
+        cache.check_autoencoder(autoencoder)
+    empty = None if cache.empty_text is None else pad_text([cache.empty_text], cache.text_len)[0]
+    batch = held_out.first_of_size(config) if config.loop.validate_every else None
+    return Samples(cache, held_out, batch, cache.collate, empty)

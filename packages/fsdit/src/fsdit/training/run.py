@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fsae import FSAE
-from fsae.data.config import SIDE, STRIDE
 from fsae.errors import UserError
-from fsae.storage.files import check_folder
 from fsae.training.loop import TrainingResult, train
 from fsae.training.runs import is_main_process, read_samples, report_end, save_parts
-from fsae.transcoding.fingerprints import encoder_fingerprint
-from fsdit.conditioning.encoders import ImageEncoder, TextEncoder, pad_text
+from fsdit.conditioning.encoders import ImageEncoder, TextEncoder
 from fsdit.conditioning.folders import load_encoders
 from fsdit.model import FSDiT
 from fsdit.training.config import TransformerConfig
-from fsdit.training.data import CachedLatents, report_missing_captions
+from fsdit.training.data import CachedLatents, Samples, read_cache, report_missing_captions
 from fsdit.training.task import FlowMatchingTask, check_widths
 
 
@@ -39,7 +33,6 @@ def train_transformer(config: TransformerConfig, dataset: Any = None, validation
         The saved folders; none if a signal stopped the run, which then can be resumed.
     """
     loop = config.loop
-    check_folder(loop.output_dir)
     outline = _outline(config)
     autoencoder = _autoencoder(config)
     clips = _read_clips(config, outline, autoencoder, dataset, validation)
@@ -58,31 +51,18 @@ def train_transformer(config: TransformerConfig, dataset: Any = None, validation
     return _save(result, text_encoder)
 
 
-@dataclass(frozen=True)
-class _Clips:
-    """What to train on, what is held out, and the batch of it to validate on (None if the run never does).
-
-    If there is an embedding of the empty prompt, `L D`, the samples hold embeddings and no encoder is needed.
-    """
-
-    samples: Any
-    held_out: Any
-    batch: Mapping[str, Any] | None
-    collate: Callable[[list[Any]], Any] | None = None
-    empty_text: Tensor | None = None
-
-
 def _read_clips(
     config: TransformerConfig, outline: FSDiT, autoencoder: FSAE | None, dataset: Any, validation: Any
-) -> _Clips:
+) -> Samples:
     """The clips that `config` describes, or those given."""
     if dataset is None and config.cache:
         dataset = CachedLatents(config.cache)
     if isinstance(dataset, CachedLatents):
-        return _read_cache(config, outline, autoencoder, dataset, validation)
+        dataset.check_fits(outline.config)
+        return read_cache(config, dataset, validation, autoencoder)
     if dataset is None:
         _check_clips(config, autoencoder)
-    clips = _Clips(*read_samples(config, dataset, validation))
+    clips = Samples(*read_samples(config, dataset, validation))
     if dataset is None and is_main_process():
         report_missing_captions(clips.samples.entries)
     return clips
@@ -98,36 +78,6 @@ def _check_clips(config: TransformerConfig, autoencoder: FSAE | None) -> None:
         autoencoder.latent_shape(*shape)
 
 
-def _read_cache(
-    config: TransformerConfig, outline: FSDiT, autoencoder: FSAE | None, cache: CachedLatents, held_out: Any
-) -> _Clips:
-    """What a cache holds, once it is known to fit the model and the autoencoder."""
-    if held_out is None:
-        held_out = CachedLatents(config.validation_data) if config.validation_data else cache
-    encoder = None if autoencoder is None else encoder_fingerprint(autoencoder)
-    for part in (cache, held_out):
-        part.check_fits(outline.config)
-        if encoder is not None:
-            part.check_autoencoder(encoder)
-    empty = pad_text([cache.empty_text], cache.text_len)[0]
-    batch = _first_of_size(config, held_out) if config.loop.validate_every else None
-    return _Clips(cache, held_out, batch, cache.collate, empty)
-
-
-def _first_of_size(config: TransformerConfig, cache: CachedLatents) -> dict[str, Any]:
-    """A batch of the first cached clips of the length and size that are to be validated on."""
-    frames, height, width = config.clips.shapes[0]
-    wanted = 1 + frames // STRIDE, height // SIDE, width // SIDE
-    indices = [index for index, shape in enumerate(cache.shapes) if shape[1:] == wanted]
-    if not indices:
-        there = sorted({f"{1 + STRIDE * (t - 1)} of {SIDE * w}x{SIDE * h}" for _, t, h, w in cache.shapes})
-        raise UserError(
-            f"no clip of the cache has {frames} frames of {width}x{height} pixels to validate on; "
-            f"set clips.frames, height and width to what it has ({', '.join(there)}), or loop.validate_every to 0"
-        )
-    return cache.collate([cache[index] for index in indices[: config.validation_samples]])
-
-
 def _outline(config: TransformerConfig) -> FSDiT:
     """The transformer without its weights."""
     if config.model_options and config.model not in FSDiT.presets:
@@ -137,10 +87,17 @@ def _outline(config: TransformerConfig) -> FSDiT:
 
 
 def _encoders(
-    config: TransformerConfig, outline: FSDiT, clips: _Clips
+    config: TransformerConfig, outline: FSDiT, clips: Samples
 ) -> tuple[TextEncoder | None, ImageEncoder | None]:
     """The encoders, if samples do not hold what they give."""
-    return (None, None) if clips.empty_text is not None else load_encoders(config.encoders, outline.config.text_len)
+    if clips.empty_text is None:
+        return load_encoders(config.encoders, outline.config.text_len)
+    if config.encoders != "nano" or config.train_encoders:
+        raise UserError(
+            "encoders or train_encoders is given with a cache that holds what encoders gave; leave them out, or make "
+            "the cache without encoders"
+        )
+    return None, None
 
 
 def _autoencoder(config: TransformerConfig) -> FSAE | None:

@@ -74,11 +74,12 @@ class FlowMatchingTask(Task):
         self.transformer, self.text_encoder, self.image_encoder = transformer, text_encoder, image_encoder
         self.config, self.autoencoder, self.validation = config, autoencoder, validation
         self.empty_text, self.ranks_per_sample = empty_text, config.context_parallel
+        self.trains_encoders = config.trains_encoders and text_encoder is not None
         trained: dict[str, nn.Module] = {"transformer": transformer}
         frozen: dict[str, nn.Module] = {} if autoencoder is None else {"autoencoder": autoencoder}
         for name, encoder in (("text_encoder", text_encoder), ("image_encoder", image_encoder)):
             if encoder is not None:
-                (trained if config.trains_encoders else frozen)[name] = encoder.model
+                (trained if self.trains_encoders else frozen)[name] = encoder.model
         if image_encoder is not None:
             for parameter in image_encoder.unused_parameters():
                 parameter.requires_grad_(False)  # or several processes would wait for their gradients
@@ -91,7 +92,7 @@ class FlowMatchingTask(Task):
             "stills_see_image": config.stills_see_image,
             "caption_dropout": config.caption_dropout,
             "router_rate": config.router_rate,
-            "trains_encoders": config.trains_encoders,
+            "trains_encoders": self.trains_encoders,
         }
 
     def loss(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
@@ -160,7 +161,7 @@ class FlowMatchingTask(Task):
     def _encoded_context(self, batch: Any, captions: Sequence[str], negative: bool) -> Context:
         assert self.text_encoder is not None and self.image_encoder is not None
         images = batch["image"] if "image" in batch else batch["video"][:, :, 0]
-        with nullcontext() if self.config.trains_encoders else torch.no_grad():
+        with nullcontext() if self.trains_encoders else torch.no_grad():
             text = self.text_encoder(captions).embeddings
             empty = self.text_encoder([""] * len(captions)).embeddings if negative else None
             return Context(text, self.image_encoder(images), empty)

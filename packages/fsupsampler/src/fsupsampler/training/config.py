@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from fsae.bounds import Bound, Count, Decay, Several, Share, Weight, check
-from fsae.data.config import ClipsConfig
 from fsae.errors import UserError, require
-from fsae.training.config import LoopConfig
+from fsae.training.config import ClipTrainingConfig
 from fsdit.flow.path import FlowSchedule
 from fsdit.training.config import FlowMatchingConfig
 
@@ -36,38 +35,25 @@ class UpsamplerLoss:
         require(self.latent + self.pixel > 0, "loss", self, "above 0 for latent or pixel")
 
 
-@dataclass(frozen=True)
-class UpsamplerConfig:
+@dataclass(frozen=True, kw_only=True)
+class UpsamplerConfig(ClipTrainingConfig):
     """Training of LatentUpsampler on one's own videos, each paired with its half-size copy (paper §2.4.1).
 
     Attributes:
-        data: Folder of videos and images, or a .jsonl or .csv list with the column path.
+        data: Folder of videos and images, or a .jsonl or .csv list with the column path; or a folder that
+            "fsdit cache" made with pairs, whose clips have their own lengths and sizes.
         autoencoder: Folder of the saved FSAE that turns clips into latents; it stays as it is.
-        loop: The run.
         model: A preset's name, or the folder of a saved LatentUpsampler to go on from.
-        clips: What is taken of data, and of more.
         loss: Weights of the loss.
         perceptual_weights: Files (.safetensors or .pth) that together hold LPIPS's trunk and linear heads;
             without them there is no perceptual loss.
-        gradient_checkpointing: Recompute each block in the backward pass to save memory.
-        validation_data: Folder or list of held-out clips to validate on; without it, the first training
-            clips.
-        validation_samples: Clips to validate on.
+        validation_data: Folder or list of held-out clips to validate on, with a cache a cache of such; without it,
+            the first training clips.
     """
 
-    data: str
     autoencoder: str
-    loop: LoopConfig
-    model: str = "nano"
-    clips: ClipsConfig = field(default_factory=ClipsConfig)
     loss: UpsamplerLoss = field(default_factory=UpsamplerLoss)
     perceptual_weights: list[str] = field(default_factory=list)
-    gradient_checkpointing: bool = False
-    validation_data: str | None = None
-    validation_samples: Count = 4
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 @dataclass(frozen=True)
@@ -122,6 +108,8 @@ class RefinerConfig(FlowMatchingConfig):
     """Training of the refiner, an FSDiT at twice the base model's size (paper §2.4.2).
 
     Attributes:
+        data: Folder of videos and images, or a .jsonl or .csv list with the columns path and caption; or a folder
+            that "fsdit cache" made with pairs, whose clips have their own lengths and sizes.
         upsampler: Folder of the saved LatentUpsampler that makes the drafts; it stays as it is.
         encoders: Folder with the base model's text_encoder, tokenizer and image_encoder; they stay as they
             are.
@@ -139,7 +127,7 @@ class RefinerConfig(FlowMatchingConfig):
     upsampler: str
     encoders: str = field()
     flow: FlowSchedule = field(default_factory=lambda: FlowSchedule(shift=8.0))
-    validation_steps: int = 8
+    validation_steps: Count = 8
     validation_guidance: float = 1.0
     mask: MaskConfig = field(default_factory=MaskConfig)
     regularization: RegularizationConfig = field(default_factory=RegularizationConfig)

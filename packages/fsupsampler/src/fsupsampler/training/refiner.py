@@ -12,18 +12,17 @@ from torch import Generator, Tensor, nn
 
 from fsae import FSAE
 from fsae.training.loop import train
-from fsae.training.runs import is_main_process, read_samples, report_end, save_parts
+from fsae.training.runs import is_main_process, report_end, save_parts
 from fsdit.conditioning.encoders import ImageEncoder, TextEncoder
 from fsdit.conditioning.folders import load_encoders
 from fsdit.conditioning.inputs import Condition, FlowBatch, first_frame_condition, nothing_known
 from fsdit.model import FSDiT
-from fsdit.training.data import report_missing_captions
+from fsdit.training.data import CachedLatents, report_missing_captions
 from fsdit.training.task import FlowMatchingTask
 from fsupsampler.refiner import DynamicMask, RunningMask, deviation_latents, refiner_condition
 from fsupsampler.regularization import regularize
-from fsupsampler.training.autoencoder import check_statistics, load_autoencoder
 from fsupsampler.training.config import RefinerConfig
-from fsupsampler.training.data import latent_pair
+from fsupsampler.training.data import check_statistics, latent_pair, load_autoencoder, read_pairs
 from fsupsampler.upsampler import LatentUpsampler
 
 
@@ -32,18 +31,19 @@ class RefinerTask(FlowMatchingTask):
 
     A clip of one frame has no draft: it is learned from its caption alone.
 
-    Batches hold `low` `B C t h w`, `high` `B C t 2h 2w` and `image` `B 3 S S`, or `video` `B 3
-    T H W`; and `caption`, B strings.
+    Batches hold `low` `B C t h w` and `high` `B C t 2h 2w`, or `video` `B 3 T H W`; `caption`, B strings; and
+    `image` or the embeddings as those of `FlowMatchingTask`.
 
     Args:
         refiner: Trained, and with it the percentiles of the dynamic mask.
-        text_encoder: The base model's, only read.
-        image_encoder: The base model's, only read.
+        text_encoder: The base model's, only read; None where batches hold embeddings.
+        image_encoder: As the text encoder.
         upsampler: Frozen.
         config: Loss, noise levels, mask, regularisation, validation sampling.
         autoencoder: Frozen; needed for batches of videos, and to show validation samples as images.
         base: The base model, frozen; drafts are then made of its one-step estimates (`deviation_latents`).
         validation: A batch to validate on.
+        empty_text: `L D`, the embedding of the empty prompt; needed where batches hold embeddings.
     """
 
     config: RefinerConfig
@@ -51,17 +51,18 @@ class RefinerTask(FlowMatchingTask):
     def __init__(
         self,
         refiner: FSDiT,
-        text_encoder: TextEncoder,
-        image_encoder: ImageEncoder,
+        text_encoder: TextEncoder | None,
+        image_encoder: ImageEncoder | None,
         upsampler: LatentUpsampler,
         config: RefinerConfig,
         autoencoder: FSAE | None = None,
         base: FSDiT | None = None,
         validation: Mapping[str, Any] | None = None,
+        empty_text: Tensor | None = None,
     ) -> None:
         if autoencoder is not None:
             check_statistics(upsampler, autoencoder)
-        super().__init__(refiner, text_encoder, image_encoder, config, autoencoder, validation)
+        super().__init__(refiner, text_encoder, image_encoder, config, autoencoder, validation, empty_text)
         mask = config.mask
         self.mask = RunningMask(
             DynamicMask(mask.low, mask.high, scalar=mask.scalar, inverted=mask.inverted), mask.decay
@@ -111,8 +112,7 @@ def train_refiner(config: RefinerConfig, dataset: Any = None, validation: Any = 
 
     Args:
         config: The training.
-        dataset: Samples to train on (`fsupsampler.training.data`); the `VideoFolder` that `config` describes if
-            None.
+        dataset: Samples to train on (`fsupsampler.training.data`); those that `config` describes if None.
         validation: Held-out samples; those that `config` describes if None.
 
     Returns:
@@ -123,14 +123,19 @@ def train_refiner(config: RefinerConfig, dataset: Any = None, validation: Any = 
     refiner = FSDiT.from_preset_or_folder(config.model)
     if config.gradient_checkpointing:
         refiner.enable_gradient_checkpointing()
-    text_encoder, image_encoder = load_encoders(config.encoders, refiner.config.text_len)
     upsampler = LatentUpsampler.from_pretrained(config.upsampler).requires_grad_(False)
     base = None if config.base is None else FSDiT.from_pretrained(config.base).requires_grad_(False)
-    clips, held_out, batch = read_samples(config, dataset, validation)
-    if dataset is None and is_main_process():
-        report_missing_captions(clips.entries)
-    task = RefinerTask(refiner, text_encoder, image_encoder, upsampler, config, autoencoder, base, batch)
-    result = train(task, clips, config.loop)
-    if not report_end(result, config.loop.max_steps, clips, held_out):
+    pairs = read_pairs(config, autoencoder, dataset, validation)
+    if isinstance(pairs.samples, CachedLatents):
+        pairs.samples.check_fits(refiner.config)
+        pairs.samples.check_encoders(config.encoders)
+    elif dataset is None and is_main_process():
+        report_missing_captions(pairs.samples.entries)
+    encoders: tuple[TextEncoder | None, ImageEncoder | None] = (None, None)
+    if pairs.empty_text is None:
+        encoders = load_encoders(config.encoders, refiner.config.text_len)
+    task = RefinerTask(refiner, *encoders, upsampler, config, autoencoder, base, pairs.batch, pairs.empty_text)
+    result = train(task, pairs.samples, config.loop, pairs.collate)
+    if not report_end(result, config.loop.max_steps, pairs.samples, pairs.held_out):
         return []
     return save_parts(result, {"refiner": result.export("transformer"), "dynamic_mask": task.mask.frozen()})

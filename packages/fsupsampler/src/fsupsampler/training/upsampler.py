@@ -16,11 +16,10 @@ from fsae.losses.perceptual import PerceptualLoss
 from fsae.losses.reconstruction import l1_loss
 from fsae.training.logs import frame_grid
 from fsae.training.loop import Task, train
-from fsae.training.runs import read_samples, report_end, save_parts
-from fsdit.training.data import to_device_of
-from fsupsampler.training.autoencoder import check_statistics, load_autoencoder
+from fsae.training.runs import report_end, save_parts
+from fsdit.training.data import CachedLatents, to_device_of
 from fsupsampler.training.config import UpsamplerConfig, UpsamplerLoss
-from fsupsampler.training.data import latent_pair
+from fsupsampler.training.data import check_statistics, latent_pair, load_autoencoder, read_pairs
 from fsupsampler.upsampler import LatentUpsampler, nearest_upsample
 
 
@@ -100,8 +99,7 @@ def train_upsampler(config: UpsamplerConfig, dataset: Any = None, validation: An
 
     Args:
         config: The training.
-        dataset: Samples to train on (`fsupsampler.training.data`); the `VideoFolder` that `config` describes if
-            None.
+        dataset: Samples to train on (`fsupsampler.training.data`); those that `config` describes if None.
         validation: Held-out samples; those that `config` describes if None.
 
     Returns:
@@ -114,9 +112,14 @@ def train_upsampler(config: UpsamplerConfig, dataset: Any = None, validation: An
     if config.gradient_checkpointing:
         upsampler.enable_gradient_checkpointing()
     perceptual = PerceptualLoss.from_files(*config.perceptual_weights) if config.perceptual_weights else None
-    clips, held_out, batch = read_samples(config, dataset, validation)
-    task = UpsamplerTask(upsampler, config.loss, autoencoder, perceptual, batch)
-    result = train(task, clips, config.loop)
-    if not report_end(result, config.loop.max_steps, clips, held_out):
+    pairs = read_pairs(config, autoencoder, dataset, validation)
+    if isinstance(pairs.samples, CachedLatents) and (config.loss.pixel > 0 or perceptual is not None):
+        raise UserError(
+            "a cache holds latents and no videos to compare with; set loss.pixel to 0 and leave perceptual_weights "
+            "out, or give videos as data"
+        )
+    task = UpsamplerTask(upsampler, config.loss, autoencoder, perceptual, pairs.batch)
+    result = train(task, pairs.samples, config.loop, pairs.collate)
+    if not report_end(result, config.loop.max_steps, pairs.samples, pairs.held_out):
         return []
     return save_parts(result, {"upsampler": result.export("upsampler")})
