@@ -25,7 +25,7 @@ def test_interpreted_they_equal_the_plain_form() -> None:
         text=True,
     )
     assert run.returncode == 0, run.stdout
-    assert "14 passed" in run.stdout
+    assert "24 passed" in run.stdout
 
 
 def test_unknown_kernel() -> None:
