@@ -138,16 +138,17 @@ class Layers(torch.nn.Module):
 
 
 @pytest.mark.parametrize("batch, tokens, dim, gate", [(1, 1, 8, True), (2, 9, 136, False), (3, 3, 48, True)])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])  # cut off, see above
 def test_gradients_equal_float64(
     dtype: torch.dtype, tolerance: float, batch: int, tokens: int, dim: int, gate: bool
 ) -> None:
     torch.manual_seed(0)
     layers = Layers(batch, tokens, dim, gate)
-    fused, unfused = layers.results(kernels, dtype), layers.results(plain, dtype)
-    for name, expected in layers.double().results(Naive, torch.float64).items():
-        error, plain_error = ((found[name] - expected).norm() for found in (fused, unfused))
-        assert error < max(tolerance * expected.norm(), 1.5 * plain_error), name
+    found = layers.results(kernels, dtype)
+    exact = layers.double().results(Naive, torch.float64)
+    floor = 0.01 * max(value.norm() for value in exact.values())  # below it, the terms cancel
+    for name, expected in exact.items():
+        assert (found[name] - expected).norm() < tolerance * max(expected.norm(), floor), name
 
 
 def tiny_model() -> tuple[FSDiT, tuple[Tensor, ...]]:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from fsae.errors import UserError
 from fsae.storage.checkpoint import StrictModelMixin
+from fsdit.layers import layer_memory
 from fsdit.layers.attention import CrossAttention, KeysValues, SelfAttention
 from fsdit.layers.context import ContextCache, Embedded
 from fsdit.layers.embeddings import ImageEmbedding, TextEmbedding, TimeEmbedding
-from fsdit.layers import layer_memory
 from fsdit.layers.layer_memory import LayerRouter, States
 from fsdit.layers.modulation import WideLayerNorm, add_gated, at_least_float32, modulate
 from fsdit.layers.rope import Rotary, rotary_tables
