@@ -29,21 +29,21 @@ from torch.autograd.function import once_differentiable
 
 from fsae.errors import UserError
 
-Terms = list[tuple[Tensor, Tensor]]
-"""Of a state's gradient: g of a later layer, `B N D`, and that layer's weights of the state, `B N`."""
+Terms = dict[object, tuple[Tensor, Tensor]]
+"""Of a state's gradient, by the layer that left them: its g `B N D`, and its weights of the state, `B N`."""
 
 TOKENS = 8  # of one program of `backward`, which adds up its part of the gradients of shift and scale
 
 
 @triton.jit
 def _mix(states_ptr, offsets_ptr, weights_ptr, token, D, states, c, valid, MIXED: tl.constexpr):
-    """Σ_j w_j·X_j of one token in float32; the newest state lies at its offset from X_0, like all of them."""
+    """Σ_j w_j·X_j of one token in float32, each state at its offset from X_0; or X_0, where nothing is mixed."""
     row = states_ptr + token * D
     if MIXED:
         mixed = tl.zeros(c.shape, tl.float32)
         for j in range(states):
             weight = tl.load(weights_ptr + token * states + j)
-            offset = tl.multiple_of(tl.load(offsets_ptr + j), 16)
+            offset = tl.multiple_of(tl.load(offsets_ptr + j), 16)  # holds where 16 divides D, and counts only there
             mixed += weight * tl.load(row + offset + c, mask=valid, other=0.0).to(tl.float32)
     else:
         mixed = tl.load(row + c, mask=valid, other=0.0).to(tl.float32)
@@ -174,7 +174,7 @@ def record(states: Sequence[Tensor], x: Tensor) -> Recorded:
     before = states if isinstance(states, Recorded) else functools.reduce(record, states, Recorded())
     if before and x.dtype != before[0].dtype:
         raise ValueError(f"states of {before[0].dtype} and one of {x.dtype}; all have one dtype")
-    owed: Terms = []
+    owed: Terms = {}
     return Recorded((*before, _Record.apply(x.contiguous(), owed)), (*before.owed, owed))
 
 
@@ -216,7 +216,7 @@ class _Record(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        terms = ctx.owed.copy()
+        terms = list(ctx.owed.values())
         ctx.owed.clear()  # another pass through the graph leaves them again
         return (_run_collect(terms, grad) if terms else grad), None
 
@@ -235,7 +235,7 @@ class _Retrieve(torch.autograd.Function):
         owed: Sequence[Terms],
         *states: Tensor,
     ) -> Tensor:
-        ctx.eps, ctx.owed = eps, owed
+        ctx.eps, ctx.owed, ctx.layer = eps, owed, object()
         ctx.save_for_backward(weights, scale, *states)
         return _run_forward(states, weights, shift, scale, eps)
 
@@ -248,7 +248,7 @@ class _Retrieve(torch.autograd.Function):
             return *others, None, None, grad_mixed
         for j, owed in enumerate(ctx.owed):
             if ctx.needs_input_grad[5 + j]:
-                owed.append((grad_mixed, weights[..., j]))
+                owed[ctx.layer] = grad_mixed, weights[..., j]
         return *others, None, None, *(None for _ in states)
 
 
@@ -300,7 +300,7 @@ def _run_backward(
     return grad_mixed, None if weights is None else grad_weights, grad_shift, grad_scale
 
 
-def _run_collect(terms: Terms, grad: Tensor) -> Tensor:
+def _run_collect(terms: list[tuple[Tensor, Tensor]], grad: Tensor) -> Tensor:
     grads, weights = zip(*terms, strict=True)
     batch, tokens, dim = grad.shape
     out = torch.empty_like(grads[0])
