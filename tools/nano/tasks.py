@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from velocity import CODE_CHANNELS, motion_code, velocity
 
 from fsae import FSAE
-from fsae.encoder import Encoder
 from fsae.data.order import Cut
+from fsae.encoder import Encoder
 from fsae.evaluation.metrics import psnr
 from fsae.layers.matching import Matching
 from fsae.layers.motion import VELOCITY_UNIT, MotionField

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fsae.layers.conv import Kernel, VideoConv3d
 from fsae.streaming import FrameCache
 
 LEVELS = (1, 2, 4)
@@ -63,7 +64,7 @@ class Matching(nn.Module):
         self.places = places
         self.sure = nn.Linear(ways, width)
         self.moved = nn.Linear(3 * ways, width, bias=False)
-        self.near = nn.Conv2d(2 * width, width, 3, padding=1, bias=False)
+        self.near = VideoConv3d(2 * width, width, Kernel(taps=1, bias=False))
         self.to_latents = nn.Linear(4 * width, latent_channels, bias=False)
         nn.init.zeros_(self.to_latents.weight)
 
@@ -94,7 +95,7 @@ class Matching(nn.Module):
         cells = F.silu(self.moved(moved.to(self.moved.weight.dtype)) + known) - F.silu(known)
         places = F.avg_pool2d(cells.permute(0, 3, 1, 2), self.places)
         around = torch.cat([places, places.mean((2, 3), keepdim=True).expand_as(places)], dim=1)
-        places = places + F.silu(self.near(around))
+        places = places + F.silu(self.near(around.unsqueeze(2)))[:, :, 0]
         latents: Tensor = self.to_latents(F.pixel_unshuffle(places, 2).movedim(1, -1))
         return latents.unflatten(0, (len(frames), -1)).permute(0, 4, 1, 2, 3)
 
