@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fsae.layers.attention import FirstFrameAttention, FirstFrameContext
-from fsae.layers.blocks import EViTBlock, ResBlock, Stage
+from fsae.layers.blocks import EViTBlock, ResBlock
 from fsae.layers.config import Injection, StackConfig
 from fsae.layers.conv import TimeKind, VideoConv3d
 from fsae.layers.motion import FirstFrameSampling, MotionField, Values
 from fsae.layers.norm import PixelNorm
+from fsae.layers.recomputed import Recomputed
 from fsae.layers.resample import Upsample
 from fsae.streaming import FrameCache
 from fsae.tiling import OuterStages, Window
@@ -51,7 +52,7 @@ class Sight(NamedTuple):
     displacements: Tensor | None = None
 
 
-class DecoderStage(Stage):
+class DecoderStage(Recomputed):
     """The step up from the stage before, the look at the first frame, and the blocks of one resolution."""
 
     def __init__(
@@ -92,7 +93,7 @@ class DecoderStage(Stage):
         return x
 
 
-class Decoder(nn.Module):
+class Decoder(Recomputed):
     """Latents `B c t h w`, not normalised -> video `B 3 1+4(t-1) 64h 64w`.
 
     Args:
@@ -178,7 +179,7 @@ class Decoder(nn.Module):
         x = self.conv_in(latents, cache) + latents.repeat_interleave(self.copies, dim=1)
         for s in reversed(range(self.outer_stages.count, len(self.stages))):
             x = self.stages[s](x, _sight(first_frame, s), cache=cache)
-        return x if self.motion is None else torch.cat([x, self.motion(x, latents, cache)], dim=1)
+        return x if self.motion is None else torch.cat([x, self.run(self.motion, x, latents, cache=cache)], dim=1)
 
     def outer(
         self,
@@ -211,7 +212,10 @@ class Decoder(nn.Module):
             part = None if window is None else window.scaled(self.outer_stages.cell >> s)
             maps = noise[s] if part is None else [part.crop(noise_map) for noise_map in noise[s]]
             x = self.stages[s](x, _sight(first_frame, s, part, displacements), maps, cache)
-        return self.conv_out(F.relu(self.norm_out(x), inplace=not torch.is_grad_enabled()), cache)
+        return cast(Tensor, self.run(self.conv_out, x, cache=cache, call=self._pixels))
+
+    def _pixels(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        return cast(Tensor, self.conv_out(F.relu(self.norm_out(x), inplace=not torch.is_grad_enabled()), cache))
 
     def forward(self, latents: Tensor, first_frame: FirstFrame | None, generator: torch.Generator) -> Tensor:
         """first_frame: the encoder's features of frame 0 at every stage, fine to coarse, each `B C H W`, or None."""

@@ -10,16 +10,17 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fsae.layers.blocks import EViTBlock, ResBlock, Stage
+from fsae.layers.blocks import EViTBlock, ResBlock
 from fsae.layers.config import StackConfig
 from fsae.layers.conv import VideoConv3d
 from fsae.layers.matching import Matching
+from fsae.layers.recomputed import Recomputed
 from fsae.layers.resample import Downsample
 from fsae.streaming import FrameCache
 from fsae.tiling import OuterStages
 
 
-class EncoderStage(Stage):
+class EncoderStage(Recomputed):
     """The blocks of one resolution, and the step down to the next where there is one."""
 
     def __init__(self, stack: StackConfig, stage: int) -> None:
@@ -43,7 +44,7 @@ class EncoderStage(Stage):
         return x, x if self.down is None else self.run(self.down, x, cache=cache)
 
 
-class Encoder(nn.Module):
+class Encoder(Recomputed):
     """Video `B 3 T H W` in [-1, 1] -> latents `B c t h w`, not yet normalised.
 
     Attributes:
@@ -79,7 +80,7 @@ class Encoder(nn.Module):
         Returns:
             The features of each of these stages, and what `inner` starts from, `B C t h w`.
         """
-        return self._run(self.conv_in(x, cache), self.stages[: self.outer_stages.count], cache)
+        return self._run(self.run(self.conv_in, x, cache=cache), self.stages[: self.outer_stages.count], cache)
 
     def inner(self, x: Tensor, cache: FrameCache | None = None) -> tuple[list[Tensor], Tensor]:
         """The whole-frame stages: `outer`'s output -> (the features of each of these stages, the latents)."""

@@ -25,6 +25,22 @@ class FrameCache:
     def __init__(self) -> None:
         self._frames: dict[nn.Module, Tensor] = {}
 
+    def copy(self) -> FrameCache:
+        """Another stream that goes on from here: the same frames, which nobody writes to."""
+        other = FrameCache()
+        other._frames = dict(self._frames)
+        return other
+
+    def of(self, layer: nn.Module) -> FrameCache:
+        """A copy with the frames of `layer` and of what is in it alone."""
+        other = FrameCache()
+        other._frames = {m: self._frames[m] for m in layer.modules() if m in self._frames}
+        return other
+
+    def update(self, other: FrameCache) -> None:
+        """Take over the frames that another stream keeps."""
+        self._frames.update(other._frames)
+
     def __contains__(self, layer: nn.Module) -> bool:
         return layer in self._frames
 

@@ -26,6 +26,9 @@ MAX_ELEMENTS = 2**31 - 1
 # Elements of an attention layer's inside, several times as wide as its input, that are made at once.
 INSIDE = 2**26
 
+# As much more where it is computed anew in the backward pass, since neighbours are computed with each part.
+RECOMPUTED = 4
+
 TENSORS, TENSORS_IN_HALF = 4, 6
 
 # Percent: for what is small and not counted.
