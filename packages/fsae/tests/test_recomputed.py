@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from fsae import FSAE
+from fsae.errors import UserError
+from fsae.planned import PlannedDecoder, PlannedEncoder
+from fsae.tiling import Window, Workload, foresee_recomputed, plan_recomputed
 
 
 def drawn(kind: str, **options: Any) -> FSAE:
@@ -76,3 +79,70 @@ def test_at_full_resolution_only_what_enters_a_block_is_kept() -> None:
     video = torch.randn(1, 3, 9, 64, 64, dtype=torch.double)
     kept = [t for t in kept_by(lambda: model(video)) if t.ndim == 5 and t.shape[2:] == video.shape[2:]]
     assert sorted(t.shape[1] for t in kept) == [3] + [4] * (2 + 1 + 3 + 1)
+
+
+def injected(model: FSAE) -> int:
+    return 0 if model.config.injection_sampling else model.config.temporal_stages
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+@pytest.mark.parametrize(("length", "grid"), [(5, (2, 3)), (2, (1, 1)), (1, (2, 2)), (3, (1, 2))], ids=str)
+def test_the_encoder_in_parts_has_the_gradients_of_the_whole(
+    length: int, grid: tuple[int, int], sampling: bool
+) -> None:
+    """Of every weight and of the video, through the latents and frame 0's features; the frames that chunks keep too."""
+    model = drawn("causal", injection_sampling=sampling, matching_stages=1)
+    encoder, first = model.encoder, injected(model)
+    video = torch.randn(2, 3, 17, 80, 96, dtype=torch.double, requires_grad=True)
+    inputs = [video, *encoder.parameters()]
+    kept, latents = encoder.features(video)
+    whole = [*(feature[:, :, 0] for feature in kept[first:]), latents]
+    want = gradients(whole, inputs)
+    model.enable_gradient_checkpointing()
+    plan = foresee_recomputed(encoder.outer_stages, Workload(2, 5, 10, 12, 8), length, grid)
+    features, latents = PlannedEncoder(encoder, plan).features(video, first)
+    torch.testing.assert_close([*features, latents], whole, rtol=0, atol=1e-10)
+    assert_same(gradients([*features, latents], inputs), want)
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "grid"),
+    [("causal", 2, (1, 1)), ("causal", 1, (2, 2)), ("lite", 3, (1, 3)), ("lite", 1, (1, 1)), ("standard", 5, (2, 2))],
+    ids=str,
+)
+def test_the_decoder_in_parts_has_the_gradients_of_the_whole(kind: str, length: int, grid: tuple[int, int]) -> None:
+    """Of every weight, of the latents and of the first frame's features; with noise, on a part of the frame too."""
+    model = drawn(kind, injection_sampling=kind == "lite")
+    decoder, first = model.decoder, injected(model)
+    latents = torch.randn(1, 8, 5, 5, 6, dtype=torch.double, requires_grad=True)
+    image = torch.randn(1, 3, 1, 80, 96, dtype=torch.double)
+    features = [None] * first + [f[:, :, 0].detach().requires_grad_() for f in model.encoder.features(image)[0][first:]]
+    noise = decoder.draw_noise(80, 96, torch.Generator().manual_seed(0))
+    inputs = [latents, *features[first:], *decoder.parameters()]
+    for place in (None, Window(2, 3, 8, 9)):
+        model.disable_gradient_checkpointing()
+        x = decoder.inner(latents, features)
+        x = x if place is None else place.crop(x)
+        whole = decoder.outer(x, features, noise, place)
+        want = gradients([whole], inputs)
+        model.enable_gradient_checkpointing()
+        x = decoder.inner(latents, features)
+        x = x if place is None else place.crop(x)
+        plan = foresee_recomputed(decoder.outer_stages, Workload(1, 5, *x.shape[3:], 8), length, grid)
+        made = PlannedDecoder(decoder, plan).outer(x, decoder.contexts(features), noise, place)
+        torch.testing.assert_close(made, whole, rtol=0, atol=1e-10)
+        assert_same(gradients([made], inputs), want)
+
+
+def test_more_memory_is_less_computed_twice() -> None:
+    stages = drawn("causal").encoder.outer_stages
+    work = Workload(1, 16, 32, 32, 2)
+    whole = foresee_recomputed(stages, work, 16, (1, 1))
+    assert plan_recomputed(stages, work, whole.nbytes, "train") == whole
+    chunked = plan_recomputed(stages, work, whole.nbytes - 1, "train")
+    assert chunked.latents < 16 and chunked.grid == (1, 1)
+    with pytest.raises(UserError, match="takes at least") as refusal:
+        plan_recomputed(stages, work, 1, "train")
+    least = int(str(refusal.value).split("at least ")[1].split(",")[0])
+    smallest = plan_recomputed(stages, work, least, "train")
+    assert smallest.nbytes == least and len(smallest.windows) > 1

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fsae import planned
 from fsae.errors import UserError
 from fsae.layers.attention import FirstFrameAttention
 from fsae.layers.motion import FirstFrameSampling
@@ -146,6 +147,31 @@ def test_the_task_takes_its_loss_in_the_core(lpips_state: dict[str, Tensor]) -> 
     whole_frames = AutoencoderTask(settings(patch=PatchConfig(13, above=128 * 128)), model)
     unpatched = whole_frames.loss({"video": video}, seeded())
     torch.testing.assert_close(unpatched["l1"], (whole - video).abs().mean())
+
+
+@pytest.mark.parametrize("parts", [{}, {"freeze_encoder": True}, {"patch": PatchConfig(13)}], ids=str)
+def test_memory_changes_neither_loss_nor_gradients(parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    video, plans, results = clip(9, 128, 128).double(), [], []
+    plan = planned.plan_recomputed
+    monkeypatch.setattr(planned, "plan_recomputed", lambda *a: plans.append(plan(*a)) or plans[-1])
+    for memory in (None, 90_000_000):
+        model = tiny(decoder_kind="lite").double()
+        if memory:
+            model.enable_gradient_checkpointing()
+        task = AutoencoderTask(settings(gradient_checkpointing=memory is not None, memory=memory, **parts), model)
+        loss = task.loss({"video": video}, seeded())["loss"]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        results.append([loss.detach(), *torch.autograd.grad(loss, trained, allow_unused=True)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+    half = len(plans) // 2
+    assert all(len(p.windows) == 1 and p.latents == 3 for p in plans[:half])
+    assert all(len(p.windows) > 1 or p.latents < 3 for p in plans[half:])
+
+
+def test_memory_is_for_what_is_computed_anew() -> None:
+    with pytest.raises(UserError, match="gradient_checkpointing to true"):
+        settings(memory=1)
 
 
 def test_a_patch_without_a_core_is_refused() -> None:

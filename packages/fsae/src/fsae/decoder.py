@@ -242,6 +242,7 @@ def _outer_stages(stack: StackConfig, kept_frames: int) -> OuterStages:
         cell=stack.compression.cell(stack.residual_stages),
         halo=_halo(depths, len(stack.widths)),
         kept_frames=kept_frames,
+        upward=True,
     )
 
 

@@ -59,7 +59,12 @@ class FrameCache:
 
 
 def joined(pieces: Iterator[Tensor], frames: int) -> Tensor:
-    """Pieces `B C T' H W` written one after another into a clip of `frames` frames, so that no two copies stand."""
+    """Pieces `B C T' H W` written one after another into a clip of `frames` frames, so that no two copies stand.
+
+    With gradients, which would copy the clip for each piece, they are put together in the end.
+    """
+    if torch.is_grad_enabled():
+        return torch.cat(list(pieces), dim=2)
     clip: Tensor | None = None
     start = 0
     for piece in pieces:

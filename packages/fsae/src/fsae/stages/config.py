@@ -144,6 +144,9 @@ class AutoencoderConfig:
         distillation: The decoder to imitate.
         patch: The patches that the decoder is trained on.
         gradient_checkpointing: Recompute each block in the backward pass to save memory.
+        memory: With it, bytes that the outer stages of the encoder, and those of the decoder, may take: where a clip
+            takes more, they run in tiles and in chunks of time, which are computed anew in the backward pass. Gradients
+            are those of the whole. null is no limit.
         validation_data: Folder or list of held-out clips to validate on; without it, the first training
             clips.
         validation_samples: Clips to validate on.
@@ -174,6 +177,7 @@ class AutoencoderConfig:
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
     gradient_checkpointing: bool = False
+    memory: int | None = None
     validation_data: str | None = None
     validation_samples: int = 4
     statistics_batches: int = 32
@@ -200,6 +204,11 @@ class AutoencoderConfig:
             )
         if self.alignment.adaptive > 0 and self.loop.sharding == "fsdp2":
             raise UserError("alignment.adaptive needs whole gradients; set loop.sharding to ddp, or adaptive to 0")
+        if self.memory is not None and not self.gradient_checkpointing:
+            raise UserError(
+                "memory bounds what is held while parts are computed anew; set gradient_checkpointing to true, or memory "
+                "to null"
+            )
         if self.distillation.teacher is not None and not self.freeze_encoder:
             raise UserError("a decoder is distilled on the teacher's own latents; set freeze_encoder to true")
 

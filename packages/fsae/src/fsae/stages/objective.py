@@ -227,7 +227,8 @@ class Distillation:
         injected = seen.first_frame if self.teacher.config.first_frame_injection else None
         decoder = self.teacher.decoder
         with torch.no_grad(), recorded(decoder, self.stages) as features:
-            target = decode(decoder, seen.latents.detach(), injected, seen.noise, seen.patch)
+            latents = seen.latents.detach()
+            target = decode(decoder, latents, injected, seen.noise, seen.patch, in_parts=not self.stages)
         shown = {"distillation_pixels": l1_loss(seen.made, target)}
         loss = self.config.pixel_weight * shown["distillation_pixels"]
         if self.stages:

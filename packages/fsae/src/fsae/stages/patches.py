@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fsae.decoder import Decoder, FirstFrame
+from fsae.planned import PlannedDecoder
 from fsae.tiling import Window
 
 
@@ -63,9 +64,26 @@ def decode(
     first_frame: FirstFrame | None,
     noise: list[list[Tensor]],
     patch: Patch | None,
+    memory: int | None = None,
+    in_parts: bool = True,
 ) -> Tensor:
-    """Latents `B c t h w`, not normalised -> the whole video `B 3 T H W`, or its core in the patch."""
+    """Latents `B c t h w`, not normalised -> the whole video `B 3 T H W`, or its core in the patch.
+
+    Args:
+        decoder: what decodes.
+        latents: as `Decoder.inner` has them, like first_frame and noise.
+        first_frame: the first frame's features or None.
+        noise: of the whole frame.
+        patch: what the outer stages run on; None is all of it.
+        memory: bytes that they may take, in parts if need be (see `fsae.planned`).
+        in_parts: whether they may run in parts at all: what looks into the stages wants them whole.
+    """
     x = decoder.inner(latents, first_frame)
-    if patch is None:
-        return decoder.outer(x, first_frame, noise)
-    return patch.video(decoder.outer(patch.window.crop(x), first_frame, noise, patch.window), decoder.outer_stages.cell)
+    place = None if patch is None else patch.window
+    x = x if place is None else place.crop(x)
+    if in_parts:
+        planned = PlannedDecoder.of_training(decoder, x, memory)
+        made = planned.outer(x, None if first_frame is None else decoder.contexts(first_frame), noise, place)
+    else:
+        made = decoder.outer(x, first_frame, noise, place)
+    return made if patch is None else patch.video(made, decoder.outer_stages.cell)

@@ -17,6 +17,7 @@ from fsae.errors import UserError
 from fsae.evaluation.metrics import psnr
 from fsae.losses.distillation import recorded
 from fsae.model import FSAE
+from fsae.planned import PlannedEncoder
 from fsae.stages.config import AutoencoderConfig
 from fsae.stages.objective import Objective, Reconstruction
 from fsae.stages.patches import Patch, decode, draw_patch
@@ -112,9 +113,16 @@ class AutoencoderTask(Task):
         device = next(self.model.parameters()).device
         # One at a time: a validation must not need more memory than training does.
         clips = [clip.unsqueeze(0) for clip in self.validation]
-        results = [self.model(clip.to(device)).float().clamp(-1, 1).cpu() for clip in clips]
+        results = [self._result(clip.to(device)).float().clamp(-1, 1).cpu() for clip in clips]
         quality = torch.cat([psnr(result, clip) for result, clip in zip(results, clips, strict=True)])
         return {"psnr": quality.mean(), "reconstruction": frame_grid([self.validation, torch.cat(results)])}
+
+    def _result(self, clip: Tensor) -> Tensor:
+        """What a validation sees of a clip."""
+        memory = self.config.memory
+        if memory is None:
+            return self.model(clip)
+        return self.model.decode(self.model.encode(clip, memory), clip[:, :, :1], memory=memory)
 
     def _reconstruct(self, video: Tensor, generator: torch.Generator) -> Reconstruction:
         """Encode and decode; noise and patch are drawn here, in this order."""
@@ -123,21 +131,24 @@ class AutoencoderTask(Task):
         noise = decoder.draw_noise(height, width, generator)
         patch = self._draw_patch(video, generator)
         with recorded(decoder, self.objective.recorded_stages) as features:
-            made = decode(decoder, latents, first_frame, noise, patch)
+            in_parts = not self.objective.recorded_stages
+            made = decode(decoder, latents, first_frame, noise, patch, self.config.memory, in_parts)
         target = video if patch is None else patch.core.scaled(decoder.outer_stages.cell).crop(video)
         return Reconstruction(video, latents, first_frame, noise, patch, made, target, features, self.step)
 
     def _encode(self, video: Tensor) -> tuple[Tensor, FirstFrame | None]:
         """Latents `B c t h w`, not normalised, and the first frame's features where they are injected."""
-        injected = self.model.config.first_frame_injection
+        injected, memory = self.model.config.first_frame_injection, self.config.memory
         if self.config.freeze_encoder:
             # Nothing of the clip's feature maps is held: the first frame is encoded once more, by itself.
             with torch.no_grad():
-                latents = self.model.denormalize(self.model.encode(video))
-                return latents, self.model.first_frame_features(video[:, :, :1]) if injected else None
+                latents = self.model.denormalize(self.model.encode(video, memory))
+                return latents, self.model.first_frame_features(video[:, :, :1], memory) if injected else None
         self.model.latent_shape(*video.shape[2:])
-        kept, latents = self.model.encoder.features(video)
-        return latents, [feature[:, :, 0] for feature in kept] if injected else None
+        first = self.model.first_injected_stage
+        encoder = PlannedEncoder.of_training(self.model.encoder, video, memory)
+        features, latents = encoder.features(video, first)
+        return latents, [None] * first + features if injected else None
 
     def _draw_patch(self, video: Tensor, generator: torch.Generator) -> Patch | None:
         height, width = video.shape[3:]
