@@ -142,6 +142,15 @@ class Decoder(Recomputed):
         """Cells of `inner`'s output around a place that `outer` looks at: 7 at the paper's depths."""
         return self.outer_stages.halo
 
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Latents before and behind one that `outer` looks at: causal 25 and 0, Lite 13 and 0, Standard 13 and 13."""
+        # A group-causal convolution looks ahead inside a latent's own frames alone.
+        before, behind = {"causal": (2, 0), "group_causal": (1, 0), "standard": (1, 1)}[self.conv_out.time]
+        depths = [len(cast(DecoderStage, stage).blocks) for stage in self.stages[: self.outer_stages.count]]
+        doubled = len(self.stages) - 1, self.outer_stages.compression.time
+        return _reach(depths, before, *doubled), _reach(depths, behind, *doubled)
+
     def draw_noise(self, height: int, width: int, generator: torch.Generator) -> list[list[Tensor]]:
         """The noise of a video of `height` x `width` pixels: by outer stage, fine to coarse, a map `1 1 1 H W` a block.
 
@@ -253,4 +262,17 @@ def _halo(depths: Sequence[int], stages: int) -> int:
         reach += 2 * depth
         if s + 1 < stages:
             reach = -(-(reach + 1) // 2)
+    return reach
+
+
+def _reach(depths: Sequence[int], frames: int, steps: int, rate: int) -> int:
+    """Latents on one side that are looked at by convolutions of so many frames there; see `_halo`.
+
+    steps: between all stages; rate: frames that the finest stage has for a latent.
+    """
+    reach = frames
+    for s, depth in enumerate(depths):
+        reach += frames * (2 * depth + (s < steps))
+        if rate >> s > 1:
+            reach = -(-reach // 2)
     return reach

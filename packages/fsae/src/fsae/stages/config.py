@@ -57,13 +57,18 @@ class PatchConfig:
         cells: Side of a patch, in cells of 8 pixels; the outer stages run on it alone, and the loss is taken where it
             equals the whole frame: 7 cells less on each side that is not the frame's. 0 is whole frames.
         above: Frames of at most this many pixels are trained whole.
+        latents: Length of a patch, in latents: the outer stages run on so many, and the loss is taken where it equals
+            the whole clip's. A causal decoder's patch loses 25 latents behind a start that is not the clip's, so that a
+            shorter one is always the clip's beginning; the Lite one loses 13 there, the Standard one 13 at both ends.
+            0 is whole clips.
     """
 
     cells: int = 0
     above: int = 0
+    latents: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("cells", "above"):
+        for name in ("cells", "above", "latents"):
             require(getattr(self, name) >= 0, f"patch.{name}", getattr(self, name), "0 or more")
 
 
@@ -206,8 +211,8 @@ class AutoencoderConfig:
             raise UserError("alignment.adaptive needs whole gradients; set loop.sharding to ddp, or adaptive to 0")
         if self.memory is not None and not self.gradient_checkpointing:
             raise UserError(
-                "memory bounds what is held while parts are computed anew; set gradient_checkpointing to true, or memory "
-                "to null"
+                "memory bounds what is held while parts are computed anew; set gradient_checkpointing to true, or "
+                "memory to null"
             )
         if self.distillation.teacher is not None and not self.freeze_encoder:
             raise UserError("a decoder is distilled on the teacher's own latents; set freeze_encoder to true")
