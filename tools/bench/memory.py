@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +28,9 @@ from fsae.losses.perceptual import _VGG16, PerceptualLoss
 from fsae.model import FSAE
 from fsae.stages.config import AutoencoderConfig
 from fsae.stages.objective import Adversary, Distillation, Lpips, Objective
+from fsae.stages.patches import Patch, Span, exact_core
 from fsae.stages.task import AutoencoderTask
+from fsae.tiling import Window
 
 
 class Storages(TorchDispatchMode):
@@ -123,15 +125,11 @@ def count(config: AutoencoderConfig, size: tuple[int, int, int], batch: int) -> 
     }
 
 
-def corner(task: AutoencoderTask, size: tuple[int, int, int]) -> Any:
+def corner(task: AutoencoderTask, size: tuple[int, int, int]) -> Patch | None:
     """The patch at the first corner, of the configuration's size."""
-    from fsae.stages import patches
-    from fsae.stages.patches import Patch, exact_core
-    from fsae.tiling import Window
-
     config, outer = task.config.patch, task.model.decoder.outer_stages
     latents, height, width = outer.compression.latents(size[0]), size[1] // outer.cell, size[2] // outer.cell
-    length = getattr(config, "latents", 0) or latents
+    length = config.latents or latents
     if size[1] * size[2] <= config.above or (not config.cells and length >= latents):
         return None
     side = config.cells or max(height, width)
@@ -139,18 +137,23 @@ def corner(task: AutoencoderTask, size: tuple[int, int, int]) -> Any:
     core = exact_core(window, outer.halo, height, width)
     if length >= latents:
         return Patch(window, core)
-    return Patch(window, core, patches.Span(0, length), patches.Span(0, length - task.reach[1]))
+    return Patch(window, core, Span(0, length), Span(0, length - task.reach[1]))
 
 
-def main() -> None:
+def settings(file: Path | str, *flags: str) -> AutoencoderConfig:
+    """A training's file, with flags."""
+    return read_settings("memory", "", AutoencoderConfig, ["--config", str(file), *flags])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Count the step that the command line names and print it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("--size", type=int, nargs=3, required=True, metavar=("T", "H", "W"))
     parser.add_argument("--batch", type=int, default=1)
-    options, flags = parser.parse_known_args()
-    config = read_settings("memory", "", AutoencoderConfig, ["--config", options.config, *flags])
-    print(json.dumps(count(config, tuple(options.size), options.batch)))
+    options, flags = parser.parse_known_args(arguments)
+    print(json.dumps(count(settings(options.config, *flags), tuple(options.size), options.batch)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -23,7 +23,6 @@ from fsupsampler.training.config import UpsamplerConfig, UpsamplerLoss
 from fsupsampler.training.data import latent_pair
 from fsupsampler.upsampler import LatentUpsampler, nearest_upsample
 
-
 # Frames that LPIPS sees at a time: its value and gradient are those of the whole clip.
 SLICE = 4
 
