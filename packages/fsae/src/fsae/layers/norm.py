@@ -72,7 +72,7 @@ class _Differentiable(torch.autograd.Function):
         x, scale, weight = ctx.saved_tensors
         made = torch.empty_like(x)
         others = [0, *range(2, x.ndim)]
-        for_weight = for_bias = None if weight is None else torch.zeros_like(weight, dtype=scale.dtype)
+        for_weight = for_bias = scale.new_zeros(())
         for part, slope, out, by in zip(*(_parts(t, x) for t in (x, gradient, made, scale)), strict=True):
             unit, wide = _wide(part) * by, _wide(slope)
             if weight is not None:
