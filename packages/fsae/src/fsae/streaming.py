@@ -63,8 +63,8 @@ def joined(pieces: Iterator[Tensor], frames: int) -> Tensor:
 
     With gradients, which would copy the clip for each piece, they are put together in the end.
     """
-    if torch.is_grad_enabled():
-        return torch.cat(list(pieces), dim=2)
+    if torch.is_grad_enabled() and (parts := list(pieces)):
+        return torch.cat(parts, dim=2)
     clip: Tensor | None = None
     start = 0
     for piece in pieces:
