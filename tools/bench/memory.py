@@ -96,7 +96,8 @@ def count(config: AutoencoderConfig, size: tuple[int, int, int], batch: int) -> 
         task = built(config)
         for module in task.frozen.values():
             module.eval()
-        task.step = config.adversarial.start
+        every = config.adversarial.r1_every
+        task.step = -(-config.adversarial.start // every) * every  # of those that take R1
         weights = memory.now
         # Drawn where there are numbers: at a corner, where a patch's core is largest.
         patch = corner(task, size)
@@ -110,7 +111,7 @@ def count(config: AutoencoderConfig, size: tuple[int, int, int], batch: int) -> 
             kept = {name: value.detach() for name, value in terms.items() if name.startswith("keep_")}
             del terms
             with torch.autocast(device, torch.bfloat16):
-                loss = task.opponent_loss({"video": video}, kept, generator, config.adversarial.start)["loss"]
+                loss = task.opponent_loss({"video": video}, kept, generator, task.step)["loss"]
             loss.backward()
         trained = sum(p.nbytes for m in task.modules.values() for p in m.parameters() if p.requires_grad)
     return {
