@@ -356,6 +356,10 @@ def foresee_recomputed(stages: OuterStages, work: Workload, length: int, grid: t
             kept += -(-latents // length) * stages.kept_frames * (convolutions * width + more) * places
     inner = stages.widths[-1] * work.batch * work.height * work.width * latents
     at_once = enters + TENSORS_BACK * max(largest, default=0)
+    if stages.upward and stages.kept_frames == 1:
+        # Group-causal convolutions have each group with a neighbour on either side.
+        rates = (stages.compression.rate(s) for s in range(stages.count))
+        largest = [n * (rate + 2) // rate for n, rate in zip(largest, rates, strict=True)]
     return TilePlan(
         height=work.height,
         width=work.width,
