@@ -91,7 +91,7 @@ def test_the_encoder_in_parts_has_the_gradients_of_the_whole(
     length: int, grid: tuple[int, int], sampling: bool
 ) -> None:
     """Of every weight and of the video, through the latents and frame 0's features; the frames that chunks keep too."""
-    model = drawn("causal", injection_sampling=sampling, matching_stages=1)
+    model = drawn("causal", injection_sampling=sampling, frame_matching=True)
     encoder, first = model.encoder, injected(model)
     video = torch.randn(2, 3, 17, 80, 96, dtype=torch.double, requires_grad=True)
     inputs = [video, *encoder.parameters()]
