@@ -329,8 +329,7 @@ def test_mistakes_get_a_sentence(given: list[str], sentence: str, capsys: pytest
 
 def tiny_autoencoder() -> FSAE:
     torch.manual_seed(0)
-    small = dict.fromkeys(("encoder_depths", "decoder_depths"), (1,) * 7)
-    return FSAE(widths=(8,) * 7, latent_channels=8, injection_head_dim=8, attention_head_dim=8, **small).eval()
+    return FSAE.from_preset("tiny").eval()
 
 
 @pytest.mark.slow

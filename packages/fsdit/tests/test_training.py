@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from fsae import FSAE
 from fsae.data.config import ClipsConfig
@@ -27,30 +26,11 @@ from fsdit.conditioning import (
     load_encoders,
     nano_tokenizer,
 )
+from fsdit.conditioning.nano import new_image_encoder, new_text_encoder
 from fsdit.flow.path import FlowSchedule
 from fsdit.training.config import TransformerConfig
 from fsdit.training.run import train_transformer
 from fsdit.training.task import FlowMatchingTask
-
-SMALL = {
-    "dim": 64,
-    "ffn_dim": 128,
-    "num_heads": 2,
-    "num_layers": 3,
-    "freq_dim": 64,
-    "text_dim": 32,
-    "text_len": 16,
-    "image_dim": 16,
-    "latent_channels": 4,
-}
-TINY_FSAE = {
-    "widths": (8, 8, 16, 16, 16, 16, 16),
-    "encoder_depths": (1, 1, 1, 1, 1, 1, 1),
-    "decoder_depths": (1, 1, 1, 1, 1, 1, 1),
-    "latent_channels": 4,
-    "attention_head_dim": 8,
-    "injection_head_dim": 8,
-}
 
 
 def config(tmp_path: Any, **changes: Any) -> TransformerConfig:
@@ -69,22 +49,8 @@ def config(tmp_path: Any, **changes: Any) -> TransformerConfig:
 
 def parts(**overrides: Any) -> tuple[FSDiT, TextEncoder, ImageEncoder]:
     torch.manual_seed(0)
-    transformer = FSDiT(**{**SMALL, **overrides})
-    text = UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=384, d_model=32, d_kv=16, num_heads=2, num_layers=1, d_ff=32, feed_forward_proj="gated-gelu"
-        )
-    )
-    image = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=8,
-        )
-    )
+    transformer = FSDiT.from_preset("tiny", **{"latent_channels": 4, **overrides})
+    text, image = new_text_encoder("tiny"), new_image_encoder("tiny")
     return transformer, TextEncoder(text.eval(), nano_tokenizer(), 16), ImageEncoder(image)
 
 
@@ -121,7 +87,7 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.answer = answer
-        peer = FSDiT(**SMALL)
+        peer = FSDiT.from_preset("tiny", latent_channels=4)
         self.config, self.public_config = peer.config, peer.public_config
 
     def forward(self, inputs: Tensor, timestep: Tensor, text: Tensor, image: Tensor) -> Tensor:
@@ -292,7 +258,7 @@ def test_a_still_is_shown_nothing_of_itself(tmp_path, kept: bool) -> None:
 
 def test_a_still_is_validated_and_sampled_without_itself(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    autoencoder = FSAE(**TINY_FSAE).eval()
+    autoencoder = FSAE.from_preset("tiny", latent_channels=4).eval()
     videos = [{"video": torch.rand(3, 1, 64, 64) * 2 - 1, "caption": "a"}]
     held_out = torch.utils.data.default_collate(videos)
     shown: list[Any] = []
@@ -403,8 +369,10 @@ def test_learns_and_uses_its_conditions(tmp_path) -> None:
 
 def test_from_videos_to_a_saved_model(tmp_path) -> None:
     torch.manual_seed(0)
-    FSAE(**TINY_FSAE).save_pretrained(tmp_path / "fsae")
-    FSDiT(**{**SMALL, "text_dim": 128, "image_dim": 128}).save_pretrained(tmp_path / "dit")  # as the nano encoders
+    FSAE.from_preset("tiny", latent_channels=4).save_pretrained(tmp_path / "fsae")
+    FSDiT.from_preset("tiny", latent_channels=4, text_dim=128, image_dim=128).save_pretrained(
+        tmp_path / "dit"
+    )  # as the nano encoders
     videos = [{"video": torch.rand(3, 5, 64, 128) * 2 - 1, "caption": c} for c in ("left", "right", "up")]
     base = config(tmp_path, max_steps=2, gradient_checkpointing=True, validation_steps=2, validation_samples=2)
     settings = replace(
@@ -425,7 +393,7 @@ def test_from_videos_to_a_saved_model(tmp_path) -> None:
 
 def test_clips_and_their_latents_have_the_same_loss(tmp_path) -> None:
     torch.manual_seed(0)
-    autoencoder = FSAE(**TINY_FSAE).eval()
+    autoencoder = FSAE.from_preset("tiny", latent_channels=4).eval()
     videos = torch.rand(4, 3, 5, 64, 128) * 2 - 1
     clips = {"video": videos, "caption": [*"abcd"]}
     with torch.no_grad():
@@ -442,7 +410,7 @@ def test_clips_and_their_latents_have_the_same_loss(tmp_path) -> None:
 
 def test_validation_shows_samples(tmp_path) -> None:
     torch.manual_seed(0)
-    autoencoder = FSAE(**TINY_FSAE).eval()
+    autoencoder = FSAE.from_preset("tiny", latent_channels=4).eval()
     videos = [{"video": torch.rand(3, 5, 64, 64) * 2 - 1, "caption": "a"}]
     held_out = torch.utils.data.default_collate(videos)
     pictures = []
@@ -464,7 +432,7 @@ def test_validation_shows_samples(tmp_path) -> None:
 
 def test_a_validation_encodes_its_clips_once(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    autoencoder, (transformer, text, image) = FSAE(**TINY_FSAE).eval(), parts()
+    autoencoder, (transformer, text, image) = FSAE.from_preset("tiny", latent_channels=4).eval(), parts()
     calls: list[Any] = []
     encode = autoencoder.encode
     monkeypatch.setattr(autoencoder, "encode", lambda video: calls.append("video") or encode(video))
@@ -487,7 +455,7 @@ def test_parts_that_do_not_fit_are_named(tmp_path) -> None:
     with pytest.raises(UserError, match="image encoder gives .* the transformer takes none"):
         FlowMatchingTask(*parts(image_dim=None), config(tmp_path))
     with pytest.raises(UserError, match="autoencoder gives 4"):
-        FlowMatchingTask(*parts(latent_channels=8), config(tmp_path), FSAE(**TINY_FSAE))
+        FlowMatchingTask(*parts(latent_channels=8), config(tmp_path), FSAE.from_preset("tiny", latent_channels=4))
     with pytest.raises(UserError, match="neither a preset"):
         train_transformer(config(tmp_path, model="nanno"))
 

@@ -22,7 +22,7 @@ from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
 from fsdit import FSDiT
 from fsdit.conditioning import FlowBatch, ImageEncoder, TextEncoder, first_frame_condition, nano_tokenizer
-from fsdit.conditioning.nano import nano_image_encoder, nano_text_encoder
+from fsdit.conditioning.nano import new_image_encoder, new_text_encoder
 from fsdit.flow.path import FlowSchedule
 from fsdit.preparation.cache import make_cache
 from fsdit.preparation.config import CacheConfig
@@ -33,26 +33,6 @@ from fsupsampler.training.config import MaskConfig, RefinerConfig, Regularizatio
 from fsupsampler.training.refiner import RefinerTask, train_refiner
 from fsupsampler.upsampler import nearest_upsample
 
-UPSAMPLER: dict[str, Any] = {"latent_channels": 4, "mid_channels": 8, "num_blocks": 1, "norm_groups": 4}
-SMALL: dict[str, Any] = {
-    "dim": 48,
-    "ffn_dim": 96,
-    "num_heads": 2,
-    "num_layers": 2,
-    "freq_dim": 32,
-    "text_dim": 128,
-    "text_len": 8,
-    "image_dim": 128,
-    "latent_channels": 4,
-}
-TINY_FSAE: dict[str, Any] = {
-    "widths": (8, 8, 16, 16, 16, 16, 16),
-    "encoder_depths": (1, 1, 1, 1, 1, 1, 1),
-    "decoder_depths": (1, 1, 1, 1, 1, 1, 1),
-    "latent_channels": 4,
-    "attention_head_dim": 8,
-    "injection_head_dim": 8,
-}
 NONE = RegularizationConfig(dropout=0.0, replacement=0.0, shuffle=0.0)
 
 
@@ -73,17 +53,17 @@ def settings(tmp_path: Path, **changes: Any) -> RefinerConfig:
 
 def encoders() -> tuple[TextEncoder, ImageEncoder]:
     torch.manual_seed(0)
-    return TextEncoder(nano_text_encoder(), nano_tokenizer(), 8), ImageEncoder(nano_image_encoder())
+    return TextEncoder(new_text_encoder("tiny"), nano_tokenizer(), 16), ImageEncoder(new_image_encoder("tiny"))
 
 
 def transformer(seed: int = 0) -> FSDiT:
     torch.manual_seed(seed)
-    return FSDiT(**SMALL)
+    return FSDiT.from_preset("tiny", latent_channels=4)
 
 
 def upsampler() -> LatentUpsampler:
     torch.manual_seed(0)
-    model = LatentUpsampler(**UPSAMPLER)
+    model = LatentUpsampler.from_preset("tiny", latent_channels=4)
     nn.init.normal_(model.conv_out.weight, std=0.02)
     return model.eval()
 
@@ -113,7 +93,7 @@ class Oracle(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-        peer = FSDiT(**SMALL)
+        peer = FSDiT.from_preset("tiny", latent_channels=4)
         self.config, self.public_config = peer.config, peer.public_config
 
     def forward(self, inputs: Tensor, timestep: Tensor, text: Tensor, image: Tensor) -> Tensor:
@@ -323,7 +303,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An autoencoder, an upsampler, a transformer and encoders, saved."""
     root = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
-    FSAE(**TINY_FSAE).save_pretrained(root / "fsae")
+    FSAE.from_preset("tiny", latent_channels=4).save_pretrained(root / "fsae")
     upsampler().save_pretrained(root / "up")
     transformer().save_pretrained(root / "dit")
     text, image = encoders()
@@ -367,7 +347,7 @@ def test_a_cache_of_pairs_trains_as_its_videos_do(
     write_video(tmp_path / "clips" / "0.mp4", [np.roll(picture, 3 * k, 1) for k in range(5)], 8)
     (tmp_path / "clips.csv").write_text("path,caption\nclips/0.mp4,pan left\n")
     made: dict[str, Any] = {"data": str(tmp_path / "clips.csv"), "clips": ClipsConfig(5, 128, 128)}
-    made |= {"autoencoder": str(folders / "fsae"), "latents": "fp32", "text_len": 8, "pairs": True, "device": "cpu"}
+    made |= {"autoencoder": str(folders / "fsae"), "latents": "fp32", "text_len": 16, "pairs": True, "device": "cpu"}
     embedded, plain = str(tmp_path / "embedded"), str(tmp_path / "plain")
     make_cache(CacheConfig(output=embedded, encoders=str(folders / "encoders"), **made))
     make_cache(CacheConfig(output=plain, **made))
@@ -399,7 +379,7 @@ def test_a_cache_of_pairs_trains_as_its_videos_do(
     assert not torch.equal(FSDiT.from_pretrained(saved).head.head.weight, transformer().head.head.weight)
     others = tmp_path / "others"
     shutil.copytree(folders / "encoders", others)
-    nano_image_encoder().save_pretrained(others / "image_encoder")
+    new_image_encoder().save_pretrained(others / "image_encoder")
     with pytest.raises(UserError, match="was made with other encoders than"):
         train_refiner(replace(config, data=embedded, encoders=str(others)))
 
@@ -435,7 +415,7 @@ def test_wrong_settings_are_sentences(tmp_path: Path, folders: Path) -> None:
         RefinerTask(
             transformer(),
             *encoders(),
-            LatentUpsampler(**UPSAMPLER, latents_std=[2.0] * 4),
+            LatentUpsampler.from_preset("tiny", latent_channels=4, latents_std=[2.0] * 4),
             config,
-            FSAE(**TINY_FSAE),
+            FSAE.from_preset("tiny", latent_channels=4),
         )
