@@ -27,12 +27,13 @@ from fsae.training.checkpointing import checkpoints, load_tensors
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
 from fsdit import FSDiT
-from fsdit.conditioning import Context, ImageEncoder, TextEncoder, first_frame_condition, nano_tokenizer
+from fsdit.conditioning import Context, Encoders, ImageEncoder, TextEncoder, first_frame_condition, nano_tokenizer
 from fsdit.conditioning.nano import new_image_encoder, new_text_encoder
 from fsdit.flow.path import FlowSchedule
 from fsdit.flow.sampling import denoise
 from fsdit.parallel import ContextParallel
 from fsdit.training.config import TransformerConfig
+from fsdit.training.data import Samples
 from fsdit.training.task import FlowMatchingTask
 
 SIZES = (1, 2, 3, 4)
@@ -237,7 +238,8 @@ def training(folder: Path, steps: int, sharding: Any = "ddp", **changes: Any) ->
     model = tiny()
     model.enable_gradient_checkpointing()
     held_out = torch.utils.data.default_collate(clips()[:2])
-    task = Recorded(model, TextEncoder(text, nano_tokenizer(), 16), ImageEncoder(image), settings, None, held_out)
+    encoders = Encoders(TextEncoder(text, nano_tokenizer(), 16), ImageEncoder(image))
+    task = Recorded(model, encoders, settings, clips=Samples(batch=held_out))
     result = train(task, clips(), loop)
     assert model.context_parallel is None  # the run over, the model is one process's again
     exported = result.export("transformer")

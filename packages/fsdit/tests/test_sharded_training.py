@@ -51,7 +51,7 @@ class Velocities(FlowMatchingTask):
         for block in transformer.blocks[1:]:
             torch.nn.init.ones_(block.router.gate)
         transformer.enable_gradient_checkpointing()
-        super().__init__(transformer, None, None, settings)
+        super().__init__(transformer, None, settings)
         self.validated: list[float] = []
 
     def loss(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:

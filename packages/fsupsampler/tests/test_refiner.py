@@ -30,8 +30,9 @@ def latents(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> T
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def formula(z: np.ndarray, u: np.ndarray, low: float, high: float, e5: float, e95: float) -> np.ndarray:
+def formula(z: np.ndarray, u: np.ndarray, mask: DynamicMask) -> np.ndarray:
     """m(h, w) of one sample, cell by cell; z is C h w and u is C t h w."""
+    low, high, e5, e95 = (mask.config[name] for name in ("low", "high", "error_5", "error_95"))
     out = np.empty(z.shape[1:])
     for i in range(z.shape[1]):
         for j in range(z.shape[2]):
@@ -49,7 +50,7 @@ def test_the_condition_is_the_formula() -> None:
     assert torch.equal(condition.latents[:, :, 1:], upsampled[:, :, 1:])
     assert condition.mask[:, :, 0].eq(1).all()
     for sample in range(2):
-        expected = formula(first[sample, :, 0].numpy(), upsampled[sample].numpy(), 0.2, 0.8, 0.7, 1.4)
+        expected = formula(first[sample, :, 0].numpy(), upsampled[sample].numpy(), mask)
         for channel in range(4):
             for frame in range(1, 4):
                 found = condition.mask[sample, channel, frame].numpy()

@@ -21,16 +21,17 @@ from fsae.errors import UserError
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
 from fsdit import FSDiT
-from fsdit.conditioning import FlowBatch, ImageEncoder, TextEncoder, first_frame_condition, nano_tokenizer
+from fsdit.conditioning import Encoders, FlowBatch, ImageEncoder, TextEncoder, first_frame_condition, nano_tokenizer
 from fsdit.conditioning.nano import new_image_encoder, new_text_encoder
 from fsdit.flow.path import FlowSchedule
 from fsdit.preparation.cache import make_cache
 from fsdit.preparation.config import CacheConfig
+from fsdit.training.data import Samples
 from fsupsampler import LatentUpsampler
 from fsupsampler.refiner import DynamicMask, deviation_latents, refiner_condition
 from fsupsampler.training import refiner as training
 from fsupsampler.training.config import MaskConfig, RefinerConfig, RegularizationConfig
-from fsupsampler.training.refiner import RefinerTask, train_refiner
+from fsupsampler.training.refiner import FrozenParts, RefinerTask, train_refiner
 from fsupsampler.upsampler import nearest_upsample
 
 NONE = RegularizationConfig(dropout=0.0, replacement=0.0, shuffle=0.0)
@@ -51,9 +52,10 @@ def settings(tmp_path: Path, **changes: Any) -> RefinerConfig:
     return RefinerConfig(data="", autoencoder="", upsampler="", encoders="", loop=loop, **options)
 
 
-def encoders() -> tuple[TextEncoder, ImageEncoder]:
+def encoders() -> Encoders:
     torch.manual_seed(0)
-    return TextEncoder(new_text_encoder("tiny"), nano_tokenizer(), 16), ImageEncoder(new_image_encoder("tiny"))
+    text = TextEncoder(new_text_encoder("tiny"), nano_tokenizer(), 16)
+    return Encoders(text, ImageEncoder(new_image_encoder("tiny")))
 
 
 def transformer(seed: int = 0) -> FSDiT:
@@ -111,7 +113,7 @@ class Oracle(nn.Module):
 def oracle_task(tmp_path: Path, **changes: Any) -> tuple[Oracle, RefinerTask]:
     base = changes.pop("base", None)
     oracle = Oracle()
-    return oracle, RefinerTask(oracle, *encoders(), upsampler(), settings(tmp_path, **changes), base=base)
+    return oracle, RefinerTask(oracle, encoders(), FrozenParts(upsampler(), base=base), settings(tmp_path, **changes))
 
 
 # --- what the refiner is shown ----
@@ -243,7 +245,7 @@ def test_with_a_base_model_drafts_are_made_of_its_estimates(tmp_path: Path) -> N
 def test_only_the_refiner_is_trained(tmp_path: Path) -> None:
     model = transformer()
     nn.init.normal_(model.head.head.weight)
-    task = RefinerTask(model, *encoders(), upsampler().requires_grad_(False), settings(tmp_path))
+    task = RefinerTask(model, encoders(), FrozenParts(upsampler().requires_grad_(False)), settings(tmp_path))
     assert set(task.modules) == {"transformer", "mask"}
     assert set(task.frozen) == {"text_encoder", "image_encoder", "upsampler"}
     task.loss(batch(), generator())["loss"].backward()
@@ -259,7 +261,7 @@ def trained_loss(tmp_path: Path, mismatched: bool) -> tuple[float, float]:
     data = pairs(mismatched=mismatched)
     config = settings(tmp_path / str(mismatched), max_steps=40, flow=FlowSchedule(4.0))
     held_out = default_collate([data[i] for i in range(32)])
-    task = RefinerTask(transformer(), *encoders(), upsampler(), config, validation=held_out)
+    task = RefinerTask(transformer(), encoders(), FrozenParts(upsampler()), config, Samples(batch=held_out))
 
     def loss() -> float:
         for module in task.modules.values():
@@ -282,7 +284,7 @@ def test_it_learns_and_uses_the_draft(tmp_path: Path) -> None:
 def test_a_resumed_run_has_the_weights_and_percentiles_of_one_in_a_go(tmp_path: Path) -> None:
     def run(name: str, steps: int) -> RefinerTask:
         config = settings(tmp_path / name, max_steps=steps, regularization=RegularizationConfig(), caption_dropout=0.1)
-        task = RefinerTask(transformer(), *encoders(), upsampler(), config)
+        task = RefinerTask(transformer(), encoders(), FrozenParts(upsampler()), config)
         train(task, pairs(), config.loop)
         return task
 
@@ -348,6 +350,7 @@ def test_a_cache_of_pairs_trains_as_its_videos_do(
     (tmp_path / "clips.csv").write_text("path,caption\nclips/0.mp4,pan left\n")
     made: dict[str, Any] = {"data": str(tmp_path / "clips.csv"), "clips": ClipsConfig(5, 128, 128)}
     made |= {"autoencoder": str(folders / "fsae"), "latents": "fp32", "text_len": 16, "pairs": True, "device": "cpu"}
+    made["image_size"] = 16  # as the image encoder takes them
     embedded, plain = str(tmp_path / "embedded"), str(tmp_path / "plain")
     make_cache(CacheConfig(output=embedded, encoders=str(folders / "encoders"), **made))
     make_cache(CacheConfig(output=plain, **made))
@@ -412,10 +415,6 @@ def test_wrong_settings_are_sentences(tmp_path: Path, folders: Path) -> None:
     with pytest.raises(UserError, match="mask.low is .*; it must be at most mask.high"):
         MaskConfig(low=0.9, high=0.1)
     with pytest.raises(UserError, match="latents_std is not the autoencoder's"):
-        RefinerTask(
-            transformer(),
-            *encoders(),
-            LatentUpsampler.from_preset("tiny", latent_channels=4, latents_std=[2.0] * 4),
-            config,
-            FSAE.from_preset("tiny", latent_channels=4),
-        )
+        other = LatentUpsampler.from_preset("tiny", latent_channels=4, latents_std=[2.0] * 4)
+        parts = FrozenParts(other, FSAE.from_preset("tiny", latent_channels=4))
+        RefinerTask(transformer(), encoders(), parts, config)

@@ -18,11 +18,11 @@ from typing import Annotated, Literal
 
 from fsae.bounds import Bound, Count, Positive, Source, check
 from fsae.errors import require
+from fsae.shapes import PAPER
 
-SIDE = 64  # the autoencoder's spatial compression: sides of clips are multiples of it
-STRIDE = 4  # its temporal compression: clips have 1 + 4k frames
+SIDE = PAPER.space  # sides of clips are multiples of it
 
-Frames = Annotated[int, Bound("1 + 4k", lambda value: value >= 1 and value % STRIDE == 1)]
+Frames = Annotated[int, Bound(f"1 + {PAPER.time}k", lambda value: value >= 1 and value % PAPER.time == 1)]
 Side = Annotated[int, Bound(f"a multiple of {SIDE}", lambda value: value >= SIDE and value % SIDE == 0)]
 Area = Annotated[int, Bound(f"at least {SIDE**2}, {SIDE} x {SIDE} pixels", lambda value: value >= SIDE**2)]
 Aspect = Annotated[float, Bound("at least 1", lambda value: value >= 1)]

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fsae.layers.config import BlockStyle
 from fsae.layers.norm import PixelNorm
 from fsae.streaming import FrameCache
 from fsae.tiling import Window
@@ -42,17 +43,14 @@ class MotionField(nn.Module):
         latent_channels: of the latents.
         frames: n, frames that a latent stands for.
         cell: pixels a cell of the features is wide and high.
-        eps: of the norm before the second reading.
-        norm_affine: whether that norm has a weight and a bias.
+        style: of the norm before the second reading.
     """
 
-    def __init__(
-        self, channels: int, latent_channels: int, *, frames: int, cell: int, eps: float, norm_affine: bool
-    ) -> None:
+    def __init__(self, channels: int, latent_channels: int, *, frames: int, cell: int, style: BlockStyle) -> None:
         super().__init__()
         self.frames, self.cell = frames, cell
         self.say = nn.Linear(latent_channels, 2 * 2 * 2)
-        self.norm = PixelNorm(channels, eps, norm_affine)
+        self.norm = PixelNorm(channels, style.eps, style.norm_affine)
         self.read = nn.Linear(channels, 2)
         for layer in (self.say, self.read):
             nn.init.zeros_(layer.weight)

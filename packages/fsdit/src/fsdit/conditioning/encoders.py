@@ -10,7 +10,7 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -102,10 +102,7 @@ def resize_for_clip(images: Tensor, size: int) -> Tensor:
 class ImageEncoder(nn.Module):
     """Images to CLIP patch features: the state before the last block, with class token, without the final norm.
 
-    Frames of any size are resized to the tower's square by `resize_for_clip`.
-
-    Args:
-        model: a transformers `CLIPVisionModel`.
+    `model` is a transformers `CLIPVisionModel`; frames of any size are resized to its square by `resize_for_clip`.
     """
 
     model: Any
@@ -129,3 +126,10 @@ class ImageEncoder(nn.Module):
         """Weights behind the state that is read: no gradient ever reaches them."""
         tower = getattr(self.model, "vision_model", self.model)
         return [*tower.encoder.layers[-1].parameters(), *tower.post_layernorm.parameters()]
+
+
+class Encoders(NamedTuple):
+    """What makes a context of captions and first frames; the two are kept, read and trained together."""
+
+    text: TextEncoder
+    image: ImageEncoder

@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from fsae.errors import UserError
-from fsdit.conditioning.encoders import ImageEncoder, TextEncoder
+from fsdit.conditioning.encoders import Encoders, ImageEncoder, TextEncoder
 from fsdit.conditioning.nano import nano_tokenizer, new_image_encoder, new_text_encoder
 from fsdit.conditioning.pretrained import folder_fingerprint, load_encoder, load_tokenizer
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def load_encoders(source: str | Path, text_len: int) -> tuple[TextEncoder, ImageEncoder]:
+def load_encoders(source: str | Path, text_len: int) -> Encoders:
     """The text and image encoder; see `load_text_encoder` and `load_image_encoder`."""
-    return load_text_encoder(source, text_len), load_image_encoder(source)
+    return Encoders(load_text_encoder(source, text_len), load_image_encoder(source))
 
 
 def load_text_encoder(source: str | Path, text_len: int) -> TextEncoder:

@@ -95,16 +95,7 @@ class UpsamplerTask(Task):
 
 
 def train_upsampler(config: UpsamplerConfig, dataset: Any = None, validation: Any = None) -> list[Path]:
-    """Train a LatentUpsampler and save it in `output_dir/upsampler`.
-
-    Args:
-        config: The training.
-        dataset: Samples to train on (`fsupsampler.training.data`); those that `config` describes if None.
-        validation: Held-out samples; those that `config` describes if None.
-
-    Returns:
-        The saved folder; none if a signal stopped the run, which then can be resumed.
-    """
+    """Train a LatentUpsampler and save it in `output_dir/upsampler`; arguments and result as `train_refiner`."""
     torch.manual_seed(config.loop.seed)
     autoencoder = load_autoencoder(config)
     statistics = {name: autoencoder.config[name] for name in ("latent_channels", "latents_mean", "latents_std")}
