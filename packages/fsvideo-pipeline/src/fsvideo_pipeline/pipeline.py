@@ -196,11 +196,8 @@ class FSVideoPipeline(DiffusionPipeline):
         return self.autoencoder.compression
 
     def job(self, request: VideoRequest) -> Job:
-        """Settle a request for these models, without computing anything.
-
-        Raises:
-            UserError: something in it cannot be used.
-        """
+        """Settle a request for these models, without computing anything; UserError if something in it cannot be
+        used."""
         return resolve(request, self.settings, self.compression)
 
     def run(self, job: Job, callback: ProgressCallback | None = None) -> VideoOutput:
@@ -260,10 +257,8 @@ class FSVideoPipeline(DiffusionPipeline):
     ) -> Sample:
         """A job's latents, for `decode`.
 
-        Args:
-            job: what `job` made of a request.
-            callback: called before and after every stage and after every step; what it raises ends the work.
-            generator: a CPU generator to go on with, in place of one of the job's seed.
+        `callback` is called before and after every stage and after every step; what it raises ends the work.
+        `generator`, a CPU generator, goes on in place of one of the job's seed.
 
         Raises:
             UserError: the job was settled for another compression, or the generator is not the CPU's.

@@ -112,11 +112,7 @@ class VideoPlan:
 
 
 def parse_size(text: str) -> Size:
-    """ "WxH" in pixels.
-
-    Raises:
-        UserError: the text has another form.
-    """
+    """ "WxH" in pixels; UserError for any other form."""
     match = re.fullmatch(r"\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*", text)
     if match is None:
         raise UserError(f"size {text!r} given; accepted is WIDTHxHEIGHT in pixels, such as 256x256")
@@ -171,11 +167,8 @@ def default_size(photo: Size, area: int, multiple: int) -> Size:
 
 
 def snap_frames(frames: int, group: int) -> int:
-    """The nearest 1 + group·k, the lower one of two equally near: with a group of 4, 18 and 19 become 17.
-
-    Raises:
-        UserError: fewer than one frame.
-    """
+    """The nearest 1 + group·k, the lower of two equally near: with a group of 4, 18 and 19 become 17; UserError below
+    1."""
     if frames < 1:
         raise UserError(
             f"{frames} frames given; accepted is a whole number of at least 1, best of the form 1 + {group}k"

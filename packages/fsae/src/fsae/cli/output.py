@@ -12,11 +12,8 @@ from fsae.storage.files import atomic_folder, check_writable
 
 
 def check_new_folder(output: str) -> None:
-    """Refuse, before any work, a place that is taken or cannot be written.
-
-    Raises:
-        UserError: it is a file or a folder with something in it, or no folder can be made there.
-    """
+    """UserError, before any work, if a place is a file or a folder with something in it, or no folder can be made
+    there."""
     if not os.path.isdir(output):
         if os.path.exists(output):
             raise UserError(f"cannot save a model at {output}: it is a file; give a folder")
@@ -28,11 +25,7 @@ def check_new_folder(output: str) -> None:
 
 
 def save_to(output: str, save: Callable[[str], None]) -> None:
-    """Have `save` write the folder, which appears whole, and say so.
-
-    Raises:
-        UserError: it could not be written.
-    """
+    """Have `save` write the folder, which appears whole, and say so; UserError if it cannot be written."""
     from safetensors import SafetensorError
 
     print(f"writing {output}", file=sys.stderr)

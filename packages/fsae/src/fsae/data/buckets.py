@@ -226,10 +226,6 @@ class BucketOrder:
     Micro-batch number q of the run is of a bucket drawn by (seed, q); the samples of a bucket, over all processes, are
     of sources drawn by their shares; and each source's files in a bucket come in permutations, one an epoch, so that
     each is seen once before any is seen twice.
-
-    Args:
-        buckets: As `BucketedClips.buckets`.
-        cut: The run's.
     """
 
     def __init__(self, buckets: Sequence[Bucket], cut: Cut) -> None:

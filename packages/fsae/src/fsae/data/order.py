@@ -73,11 +73,9 @@ class Order(Protocol):
 
     def position(self, step: int) -> tuple[int, int]:
         """(epoch, offset) of a step's first sample, for the record."""
-        ...
 
     def micro_batch(self, step: int, micro: int) -> Sequence[Key]:
         """The keys of this process's micro-batch `micro` of `step`; any number, at least one."""
-        ...
 
 
 def order_of(dataset: Any, cut: Cut) -> Order:
@@ -87,12 +85,8 @@ def order_of(dataset: Any, cut: Cut) -> Order:
 
 @dataclass
 class DataOrder:
-    """The samples of every micro-batch of one process.
-
-    Attributes:
-        length: Samples in the dataset, n.
-        cut: Whose seed decides every epoch's permutation.
-    """
+    """The samples of every micro-batch of one process, of a dataset of `length`; `cut.seed` decides the
+    permutations."""
 
     length: int
     cut: Cut

@@ -281,11 +281,8 @@ def _window(media: Media, stream: av.VideoStream, origin: int, start: Fraction) 
 
 
 def _shown(frames: Iterable[av.VideoFrame], window: _Window) -> Iterator[av.VideoFrame]:
-    """Of frames in order: from the last one that begins by the window on, or from the very first.
-
-    Raises:
-        _NoTimes: a frame does not begin after the one before.
-    """
+    """Of frames in order: from the last one that begins by the window on, or from the very first; `_NoTimes` if a frame
+    does not begin after the one before."""
     held: av.VideoFrame | None = None
     try:
         for frame in frames:

@@ -168,14 +168,8 @@ class Evaluation:
         self.i3d = VideoFeatures(settings.fvd, model.device) if settings.fvd else None
 
     def run(self) -> tuple[dict[str, Any], Gathered]:
-        """Measure all clips.
-
-        Returns:
-            The report (not yet strict JSON), and what its pictures are made of.
-
-        Raises:
-            UserError: no clip can be used.
-        """
+        """The report on all clips (not yet strict JSON), and what its pictures are made of; UserError if no clip can be
+        used."""
         gathered = Gathered()
         cuda = self.model.device.type == "cuda"
         if cuda:
@@ -260,7 +254,7 @@ class Evaluation:
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "dtype": str(model.dtype).removeprefix("torch."),
             },
-            "device": _device_name(model.device),
+            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
             "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         }
 
@@ -279,18 +273,19 @@ class Evaluation:
 
 
 def evaluate(model: FSAE, settings: EvalSettings, folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Measure a model and write `folder`, which appears whole.
-
-    Returns:
-        What eval.json holds.
+    """Measure a model, write `folder`, which appears whole, and return what its eval.json holds.
 
     Raises:
-        UserError: `folder` is there already and is not empty or cannot be written, or as `Evaluation`.
+        UserError: `folder` is not empty or cannot be written, or as `Evaluation`.
     """
     target = _new_folder(folder)
     report, gathered = Evaluation(model, settings).run()
     report = strict(report)
-    charts = [(name, [_number(v) for v in curve]) for name, curve in report["curves"].items() if curve]
+    charts = [
+        (name, [math.nan if v is None else float(v) for v in curve])
+        for name, curve in report["curves"].items()
+        if curve
+    ]
     try:
         with atomic_folder(target) as temporary:
             write_json(temporary / "eval.json", report, allow_nan=False)
@@ -314,13 +309,13 @@ def table(report: dict[str, Any]) -> str:
         ("flicker", report["flicker"], ".5f"),
         ("encoding (frames/s)", throughput["encode_frames_per_second"], ".2f"),
         ("decoding (frames/s)", throughput["decode_frames_per_second"], ".2f"),
-        (f"peak memory (GiB), {memory['of']}", _gibibytes(memory["bytes"]), ".2f"),
+        (f"peak memory (GiB), {memory['of']}", memory["bytes"] and memory["bytes"] / 2**30, ".2f"),
     ]
     if dimension is not None:
         scales = zip(dimension["neighbours"], dimension["dimension"], strict=True)
         rows += [(f"intrinsic dimension, {n2} neighbours", value, ".2f") for n2, value in scales]
     lines = ["| measure | value |", "|---|---|"]
-    lines += [f"| {name} | {_shown_number(value, form)} |" for name, value, form in rows]
+    lines += [f"| {name} | {'–' if value is None else format(float(value), form)} |" for name, value, form in rows]
     settings = report["settings"]
     size = f"{settings['width']}x{settings['height']}x{settings['frames']}"
     skipped = len(report["skipped"])
@@ -378,22 +373,6 @@ def _shown(name: str, video: Tensor, decoded: Tensor) -> list[tuple[str, NDArray
 def _mean(values: Sequence[float | None]) -> float | None:
     present = [value for value in values if value is not None]
     return sum(present) / len(present) if present else None
-
-
-def _number(value: float | str | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _shown_number(value: float | str | None, form: str) -> str:
-    return "–" if value is None else f"{float(value):{form}}"
-
-
-def _gibibytes(count: int | None) -> float | None:
-    return None if count is None else count / 2**30
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _new_folder(folder: str | os.PathLike[str]) -> Path:

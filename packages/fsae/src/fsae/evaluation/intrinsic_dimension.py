@@ -44,16 +44,11 @@ class IntrinsicDimension:
 
 
 def latent_points(latents: Iterable[Tensor], per: Literal["position", "clip"] = "position") -> Tensor:
-    """Latents of clips, each `c t h w` -> points `N D`, the vectors whose dimension is asked for.
+    """Latents of clips, each `c t h w` -> points `N D`, the vectors whose dimension is asked for; UserError without
+    clips.
 
-    Args:
-        latents: one tensor a clip.
-        per: "position" makes a point of each latent position (D = c): what one token of the diffusion transformer is
-            drawn from. "clip" makes a point of each clip (D = c t h w): the manifold of whole clips, which must then
-            be of one size, and many.
-
-    Raises:
-        UserError: there is no clip, or clips of several sizes with "clip".
+    "position" makes a point of each latent position (D = c): what one token of the diffusion transformer is drawn from.
+    "clip" makes a point of each clip (D = c t h w): the manifold of whole clips, which must be of one size, and many.
     """
     clips = list(latents)
     if not clips:

@@ -129,7 +129,9 @@ def _agreement(here: Tensor, there: Tensor) -> Tensor:
     height, width = here.shape[3:]
     here, around = here.flatten(0, 1), F.pad(there.flatten(0, 1), (REACH,) * 4)
     side = range(2 * REACH + 1)
-    found = [(here * around[..., row : row + height, column : column + width]).sum(1) for row in side for column in side]
+    found = [
+        (here * around[..., row : row + height, column : column + width]).sum(1) for row in side for column in side
+    ]
     return torch.stack(found, dim=1)
 
 

@@ -176,16 +176,13 @@ class StrictModelMixin(ModelMixin, ConfigMixin):
 
 
 def load_state(module: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a safetensors file into `module`, in place; values take the module's dtypes and devices.
-
-    Raises:
-        CheckpointError: the file is missing or cut short, or a key is missing, unknown or misshapen.
-    """
+    """Load a safetensors file into `module`, in place; values take its dtypes and devices. Errors as `read_state`."""
     module.load_state_dict(read_state(module, path), strict=True)
 
 
 def read_state(module: nn.Module, path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, which must be exactly those of `module`; errors as `load_state`."""
+    """The tensors of a safetensors file; CheckpointError if they are not exactly those of `module`, or as
+    `tensor_shapes`."""
     check_fit(_shapes_of(module), tensor_shapes(path), type(module).__name__, Path(path))
     return load_file(path)
 
@@ -208,11 +205,8 @@ def save_state(state: nn.Module | Mapping[str, torch.Tensor], path: str | os.Pat
 
 
 def tensor_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a safetensors file, from its header; the file's size is checked against it.
-
-    Raises:
-        CheckpointError: the file is missing, cut short, or no safetensors file.
-    """
+    """Names and shapes in a safetensors file, from its header; CheckpointError if it is missing, cut short or no such
+    file."""
     if not os.path.isfile(path):
         raise CheckpointError(f"there is no weights file {path}; the checkpoint is incomplete, copy it again")
     with open(path, "rb") as file:

@@ -52,11 +52,8 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:
-    """Check, before any work is done, that a folder is there and takes files, or can be made; nothing is left behind.
-
-    Raises:
-        UserError: it cannot.
-    """
+    """UserError, before any work, if a folder neither is there and takes files, nor can be made; nothing is left
+    behind."""
     folder = Path(path)
     there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
     if not there.is_dir():
@@ -142,11 +139,8 @@ def write_json(path: str | os.PathLike[str], values: Any, **options: Any) -> Non
 
 
 def read_json(path: Path, advice: str = "copy it again") -> dict[str, Any]:
-    """The object in a JSON file; `advice` ends the sentence about one that cannot be used.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or holds something else.
-    """
+    """The object in a JSON file; CheckpointError, which ends in `advice`, if it is missing, damaged, or holds something
+    else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -60,12 +60,7 @@ def _adamw(settings: OptimizerConfig) -> dict[str, Any]:
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the groups whose "kind" is "muon", AdamW for all others; torch's own, on this one's state.
 
-    Args:
-        groups: As of any optimiser of torch, none of them without parameters.
-        settings: What a group does not say itself.
-
-    Raises:
-        UserError: torch has no Muon.
+    `settings` say what a group does not say itself. UserError if torch has no Muon.
     """
 
     def __init__(self, groups: list[dict[str, Any]], settings: OptimizerConfig) -> None:

@@ -67,15 +67,15 @@ def encode_file(
     frames: int | None = None,
     memory: int | None = None,
 ) -> SavedLatents:
-    """Encode a video or an image and write its latents.
+    """Encode a video of any length or an image and write its latents, .safetensors.
 
     Frames are scaled and cropped to multiples of the model's spatial compression, and the clip is cut to whole latents.
     The parts in OUTPUT.partial hold the latents so far; they are used if file, encoder and size are the same.
 
     Args:
         model: the autoencoder, on its device.
-        path: a video of any length, or an image.
-        output: .safetensors.
+        path: the video or image.
+        output: the latents' file.
         frames: how many of the video's first frames; None for all.
         memory: bytes that the activations may take; None for no bound.
 

@@ -138,11 +138,7 @@ LAYOUTS = (ORIGINAL, DIFFUSERS)
 
 
 def open_dc_ae(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Source:
-    """Open a folder, a .safetensors file, a name on the Hub or a state dict; only headers are read.
-
-    Raises:
-        CheckpointError: there is nothing of that name, or a file is missing, cut short or no safetensors file.
-    """
+    """Open a folder, a .safetensors file, a name on the Hub or a state dict; errors as `open_source`."""
     components = ("vae", "autoencoder")
     return open_source(source, model="its autoencoder", components=components, single="model.safetensors")
 

@@ -142,11 +142,8 @@ def save_encoders(encoders: Sequence[Encoder], source: str | Path, output: str |
 
 
 def text_encoder(state: Mapping[str, Tensor], label: str = "the state dict") -> Encoder:
-    """UMT5's encoder from Wan's names; the sizes are what the shapes tell.
-
-    Raises:
-        CheckpointError: a key is missing, unknown or misshapen, or the weights are quantised.
-    """
+    """UMT5's encoder from Wan's names; the sizes are what the shapes tell. CheckpointError if a key is missing, unknown
+    or misshapen, or the weights are quantised."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     shapes = _float_shapes(state, label)
@@ -166,11 +163,7 @@ def text_encoder(state: Mapping[str, Tensor], label: str = "the state dict") -> 
 
 
 def image_encoder(state: Mapping[str, Tensor], label: str = "the state dict") -> Encoder:
-    """CLIP's vision tower from Wan's names; the text tower beside it is dropped.
-
-    Raises:
-        CheckpointError: a key is missing, unknown or misshapen, or the weights are quantised.
-    """
+    """CLIP's vision tower from Wan's names, errors as `text_encoder`; the text tower beside it is dropped."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     shapes = _float_shapes(state, label)

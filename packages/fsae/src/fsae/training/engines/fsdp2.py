@@ -24,13 +24,7 @@ from fsae.training.engines.protocol import Engine, ModuleSet, OneForward, eval_m
 
 
 class Fsdp2(Engine):
-    """Modules of which every process holds a part.
-
-    Args:
-        accelerator: The run's, with several processes.
-        trained: What to train.
-        config: The run's, for the accumulation; its precision is "no" or "bf16".
-    """
+    """Modules of which every process holds a part, in a run of several; precision is "no" or "bf16"."""
 
     sharded = True
 

@@ -77,7 +77,6 @@ class Engine(Protocol):
     forward: nn.Module
 
     # --- the same in every engine
-    # ---------------------------------------------------------------------------------------------------
 
     def set_rate(self, factor: float) -> float:
         """Set the learning rates to a share of their peaks; returns the first group's."""
@@ -98,7 +97,6 @@ class Engine(Protocol):
                 parameter.requires_grad_(True)
 
     # --- a step
-    # ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -117,7 +115,6 @@ class Engine(Protocol):
         """Eval mode, in which weights may be exchanged; every module then has the mode it had."""
 
     # --- what is kept
-    # ---------------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod

@@ -17,13 +17,7 @@ from fsae.training.engines.protocol import Engine, ModuleSet, OneForward, eval_m
 
 
 class Replicated(Engine):
-    """Modules that every process holds whole; the only engine that scales losses for fp16.
-
-    Args:
-        accelerator: The run's.
-        trained: What to train.
-        config: The run's, for precision and accumulation.
-    """
+    """Modules that every process holds whole; the only engine that scales losses for fp16."""
 
     sharded = False
 

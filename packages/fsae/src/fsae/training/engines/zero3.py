@@ -30,17 +30,10 @@ from fsae.training.engines.protocol import Engine, ModuleSet, OneForward, eval_m
 
 
 class Zero3(Engine):
-    """Modules of which every process holds a part, split by DeepSpeed.
+    """Modules of which every process holds a part, split by DeepSpeed (UserError if it is not installed).
 
-    A parameter without a gradient in a step is updated with a gradient of zero, where torch leaves it alone.
-
-    Args:
-        accelerator: The run's, with several processes.
-        trained: What to train, by AdamW; Muon's updates need whole matrices, which no process has.
-        config: The run's, for precision and accumulation.
-
-    Raises:
-        UserError: DeepSpeed is not installed.
+    They are trained by AdamW; Muon's updates need whole matrices, which no process has. A parameter without a gradient
+    in a step is updated with a gradient of zero, where torch leaves it alone.
     """
 
     sharded = True
@@ -67,7 +60,6 @@ class Zero3(Engine):
         self.forward = _EngineForward(self.engine)
 
     # --- a step
-    # ---------------------------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch's loss to this process's part."""
@@ -102,7 +94,6 @@ class Zero3(Engine):
                 self.engine.empty_partition_cache()
 
     # --- what is kept of it
-    # ---------------------------------------------------------------------------------------------------
 
     @property
     def weights(self) -> dict[str, Tensor]:
