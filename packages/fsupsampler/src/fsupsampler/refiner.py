@@ -119,16 +119,9 @@ class RunningMask(nn.Module):
 
     def frozen(self) -> DynamicMask:
         """The mask for inference, with the percentiles found so far."""
-        config = self.mask.config
+        kept = {name: self.mask.config[name] for name in ("low", "high", "scalar", "inverted")}
         error_5, error_95 = (float(bound) for bound in self._bounds())
-        return DynamicMask(
-            low=config.low,
-            high=config.high,
-            error_5=error_5,
-            error_95=error_95,
-            scalar=config.scalar,
-            inverted=config.inverted,
-        )
+        return DynamicMask(error_5=error_5, error_95=error_95, **kept)
 
     def _bounds(self) -> tuple[Tensor, Tensor]:
         """The percentiles, kept apart: equal errors everywhere would divide by zero."""

@@ -98,13 +98,7 @@ class PhotoFit:
 
 @dataclass(frozen=True)
 class VideoPlan:
-    """One video, planned.
-
-    Attributes:
-        geometry: its sizes.
-        fit: what is taken of the photo.
-        notes: sentences on everything that differs from the request.
-    """
+    """One video, planned: its sizes, what is taken of the photo, and sentences on all that differs from the request."""
 
     geometry: VideoGeometry
     fit: PhotoFit

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,6 @@ class Settings:
         if not (0 < chosen.fps <= MAX_FPS):
             raise UserError(f"{chosen.fps} frames per second given; accepted is a number above 0, up to {MAX_FPS}")
         return chosen
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON takes them."""
-        return asdict(self)
 
 
 def read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:

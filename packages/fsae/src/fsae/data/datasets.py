@@ -53,11 +53,8 @@ class ClipDataset(Dataset[Clip]):
         return self.sample(index, 0)
 
     def sample(self, index: int, epoch: int) -> Clip:
-        """The clip of `index` in `epoch`; that of the next usable item if its own cannot be used.
-
-        Raises:
-            UserError: none of the items that could replace it can be used.
-        """
+        """The clip of `index` in `epoch`; that of the next usable item if its own cannot be used; UserError if none
+        can."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         places = self._replacements(index)

@@ -52,11 +52,8 @@ class Cut:
 
 
 def data_place(rank: int, processes: int, ranks_per_sample: int) -> tuple[int, int]:
-    """(rank, processes) as an order counts them, where `ranks_per_sample` neighbouring processes count as one.
-
-    Raises:
-        UserError: the processes do not divide into such groups.
-    """
+    """(rank, processes) as an order counts them, where `ranks_per_sample` neighbouring processes count as one;
+    UserError if they do not divide into such groups."""
     if processes % ranks_per_sample:
         raise UserError(
             f"{processes} process{'es' if processes > 1 else ''} cannot be divided into groups of {ranks_per_sample} "

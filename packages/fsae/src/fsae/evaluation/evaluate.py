@@ -50,7 +50,7 @@ from fsae.evaluation.metrics import (
 )
 from fsae.losses.perceptual import PerceptualLoss
 from fsae.model import FSAE
-from fsae.storage.files import atomic_folder, check_writable, write_json
+from fsae.storage.files import atomic_folder, check_new_folder, write_json
 
 _SHOWN_CLIPS, _SHOWN_FRAMES = 4, 6
 _DISTANCES = 10_000  # points whose N^2 distances are taken for the intrinsic dimension
@@ -153,11 +153,8 @@ class Gathered:
 
 
 class Evaluation:
-    """The measuring of one model with one set of settings; the networks it measures with are read first.
-
-    Raises:
-        UserError: settings that the model or the networks' files do not fit, before any clip is read.
-    """
+    """The measuring of one model with one set of settings; the networks it measures with are read first. UserError for
+    settings that the model or the networks' files do not fit, before any clip is read."""
 
     def __init__(self, model: FSAE, settings: EvalSettings) -> None:
         model.compression.check(settings.frames, settings.height, settings.width)
@@ -278,7 +275,7 @@ def evaluate(model: FSAE, settings: EvalSettings, folder: str | os.PathLike[str]
     Raises:
         UserError: `folder` is not empty or cannot be written, or as `Evaluation`.
     """
-    target = _new_folder(folder)
+    check_new_folder(folder)
     report, gathered = Evaluation(model, settings).run()
     report = strict(report)
     charts = [
@@ -287,13 +284,13 @@ def evaluate(model: FSAE, settings: EvalSettings, folder: str | os.PathLike[str]
         if curve
     ]
     try:
-        with atomic_folder(target) as temporary:
+        with atomic_folder(folder) as temporary:
             write_json(temporary / "eval.json", report, allow_nan=False)
             (temporary / "table.md").write_text(table(report), encoding="utf-8")
             frame_grid(gathered.rows).save(temporary / "grid.png")
             line_charts(charts).save(temporary / "curves.png")
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}; give another place") from error
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; give another place") from error
     return report
 
 
@@ -373,20 +370,3 @@ def _shown(name: str, video: Tensor, decoded: Tensor) -> list[tuple[str, NDArray
 def _mean(values: Sequence[float | None]) -> float | None:
     present = [value for value in values if value is not None]
     return sum(present) / len(present) if present else None
-
-
-def _new_folder(folder: str | os.PathLike[str]) -> Path:
-    """Where a new folder will lie; what is there already is not overwritten."""
-    target = Path(os.path.realpath(folder))
-    if target.is_dir():
-        if any(target.iterdir()):
-            raise UserError(f"{folder} is not empty; give a new folder")
-    elif target.exists():
-        raise UserError(f"{folder} is a file; give a new folder")
-    # A file beside it tells whether the folder above is there and takes new entries.
-    beside = target.with_name(f".{target.name[:64]}.tmp")
-    try:
-        check_writable(beside)
-    except UserError as error:
-        raise UserError(str(error).replace(str(beside), str(folder))) from None
-    return target

@@ -28,14 +28,8 @@ _CHUNK = 2**23  # numbers held at once: 64 MiB of doubles
 
 @dataclass(frozen=True)
 class IntrinsicDimension:
-    """The estimate at each scale.
-
-    Args:
-        neighbours: n2 of each scale.
-        dimension: the estimate at each.
-        points: distinct points that it is an estimate of.
-        duplicates: points left out because they equal another one.
-    """
+    """The estimate at each scale of n2 neighbours, of distinct points; duplicates were left out, as they equal another
+    one."""
 
     neighbours: tuple[int, ...]
     dimension: tuple[float, ...]

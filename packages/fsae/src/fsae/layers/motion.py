@@ -38,12 +38,7 @@ class MotionField(nn.Module):
     The velocity is the sum of one that latents say themselves, for 2 x 2 places each and bilinear between, and of one
     that is read off the features that the inner stages made of them. Both start at zero.
 
-    Args:
-        channels: of the features.
-        latent_channels: of the latents.
-        frames: n, frames that a latent stands for.
-        cell: pixels a cell of the features is wide and high.
-        style: of the norm before the second reading.
+    `frames` is n, those that a latent stands for; `cell`, how many pixels a cell of the features is wide and high.
     """
 
     def __init__(self, channels: int, latent_channels: int, *, frames: int, cell: int, style: BlockStyle) -> None:
@@ -66,15 +61,9 @@ class MotionField(nn.Module):
         return VELOCITY_UNIT * made.to(torch.promote_types(made.dtype, torch.float32))
 
     def forward(self, x: Tensor, latents: Tensor, cache: FrameCache | None = None) -> Tensor:
-        """Of each latent its n frames' displacements, all zero for the clip's first.
+        """Features `B C t h w` of latents `B c t h' w'` -> the displacements of each latent's n frames, `B 2n t h w`.
 
-        Args:
-            x: features `B C t h w`.
-            latents: `B c t h' w'`, what they were made of.
-            cache: the state of a stream that both are the next chunk of.
-
-        Returns:
-            `B 2n t h w`.
+        Those of the clip's first latent are zero. cache: the state of a stream that both are the next chunk of.
         """
         velocity = self.velocity(x, latents)
         before = None if cache is None or self not in cache else cache[self][:, :, 0]
@@ -112,11 +101,7 @@ class FirstFrameSampling(nn.Module):
     Inside frame 0 the gate, one a channel, chooses between what was there and what the latents say; a cell further than
     one outside takes nothing. The strengths a start at zero, which makes the layer the identity.
 
-    Args:
-        channels: of the stage.
-        context_channels: of the first frame's features.
-        size: pixels a cell of the stage is wide and high.
-        rate: frames of the stage that a latent stands for.
+    `size` is how many pixels a cell of the stage is wide and high, `rate` how many of its frames a latent stands for.
     """
 
     def __init__(self, channels: int, context_channels: int, *, size: int, rate: int) -> None:
@@ -133,13 +118,10 @@ class FirstFrameSampling(nn.Module):
     def forward(
         self, x: Tensor, first_frame: Tensor | Values, displacements: Tensor, window: Window | None = None
     ) -> Tensor:
-        """x `B C T H W` -> the same shape.
+        """x `B C T H W` and the whole first frame's features `B C' H W`, or what `context` made of them -> x's shape.
 
-        Args:
-            x: the stage's features.
-            first_frame: features `B C' H W` of frame 0 or what `context` made of them; whole.
-            displacements: `B 2n t h w` as `MotionField` gives them, of the window.
-            window: the part of the frame that x is, in cells of this stage; None is all of it.
+        displacements: `B 2n t h w` as `MotionField` gives them, of the window. window: the part of the frame that x is,
+        in cells of this stage; None is all of it.
         """
         values = first_frame if isinstance(first_frame, Values) else self.context(first_frame)
         offset = at_rate(displacements, self.rate)[:, :, -x.shape[2] :] / self.size

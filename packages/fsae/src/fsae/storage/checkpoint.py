@@ -55,11 +55,8 @@ class StrictModelMixin(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
-        """Build the model from a named configuration, with random weights; `overrides` replace single values.
-
-        Raises:
-            UserError: no such preset, or an override that the configuration does not know.
-        """
+        """Build the model from a named configuration, with random weights; `overrides` replace single values. UserError
+        if there is no such preset, or an override that the configuration does not know."""
         if name not in cls.presets:
             raise UserError(
                 f"{cls.__name__} has no preset {name!r}{nearest(name, cls.presets)}; "
@@ -83,11 +80,8 @@ class StrictModelMixin(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_preset_or_folder(cls, model: str, **overrides: Any) -> Self:
-        """What a training's option names: a preset, built with `overrides`, or the folder of a saved model.
-
-        Raises:
-            UserError: it is neither, or as `from_preset` and `from_pretrained`.
-        """
+        """What a training's option names: a preset, built with `overrides`, or the folder of a saved model; UserError
+        if it is neither, or as `from_preset` and `from_pretrained`."""
         if cls._is_preset(model):
             return cls.from_preset(model, **overrides)
         return cls.from_pretrained(model)
@@ -97,9 +91,6 @@ class StrictModelMixin(ModelMixin, ConfigMixin):
         """`from_preset_or_folder` on the meta device, to refuse what does not fit a large model before it is built.
 
         A saved model's files are checked, but no weight is drawn or read.
-
-        Raises:
-            UserError: as `from_preset_or_folder`.
         """
         if cls._is_preset(model):
             with torch.device("meta"):

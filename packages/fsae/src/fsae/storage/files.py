@@ -68,14 +68,24 @@ def check_folder(path: str | os.PathLike[str]) -> None:
         ) from None
 
 
+def check_new_folder(path: str | os.PathLike[str]) -> None:
+    """UserError, before any work, if a place is a file or a folder with something in it, or takes no new folder."""
+    if os.path.isdir(path):
+        if os.listdir(path):
+            raise UserError(f"{path} is not empty; give a new folder")
+        check_writable(Path(path) / "file")
+    elif os.path.exists(path):
+        raise UserError(f"{path} is a file; give a new folder")
+    else:
+        check_writable(path)
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write to; rename it to `path` on success, remove it on failure.
 
-    The temporary name is hidden and keeps the file's suffix, since some writers choose their format by it.
-
-    Raises:
-        UserError: as `check_writable`, before anything is written.
+    The temporary name is hidden and keeps the file's suffix, since some writers choose their format by it. Errors as
+    `check_writable`, before anything is written.
     """
     target = check_writable(path)
     temporary = _temporary_sibling(target)
@@ -94,9 +104,6 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Its name is the same in every process and every run, so that several processes can fill it together and what a
     killed run left goes when the next one begins.
-
-    Raises:
-        OSError: the folder cannot be made or renamed.
     """
     target = Path(os.path.realpath(path))
     temporary = partial_folder(target)

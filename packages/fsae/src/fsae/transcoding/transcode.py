@@ -210,7 +210,7 @@ def decode_file(
     first_frame: Tensor | None = None,
     memory: int | None = None,
 ) -> int:
-    """Decode latents and write the video; returns how many frames it has.
+    """Decode latents and write the video, .mp4, .m4v, .mov or .mkv; returns how many frames it has.
 
     A causal or Lite decoder works through the clip in order; its frames are written as segments of H.264 in
     OUTPUT.partial, which together take the room of the result, and are joined at the end.
@@ -218,7 +218,7 @@ def decode_file(
     Args:
         model: the autoencoder, on its device.
         saved: the latents and their frames per second.
-        output: .mp4, .m4v, .mov or .mkv.
+        output: the video's file.
         first_frame: `1 3 1 H W` in [-1, 1], which decoders with injection draw detail from.
         memory: bytes that decoding may take; None for no bound.
 

@@ -144,11 +144,8 @@ def open_dc_ae(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Source:
 
 
 def sizes(source: Source) -> dict[str, Any]:
-    """Widths, depths and the kinds of stages for FSAE, new innermost stage included, as config.json has them.
-
-    Raises:
-        CheckpointError: it is another kind of model, or a DC-AE of another architecture.
-    """
+    """Widths, depths and the kinds of stages for FSAE, new innermost stage included, as config.json has them;
+    CheckpointError if it is another kind of model, or a DC-AE of another architecture."""
     if "_class_name" not in source.config:
         _check_original_name(source)
         return {}

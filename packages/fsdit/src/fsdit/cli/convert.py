@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from fsae.cli.output import check_new_folder, save_to
+from fsae.cli.output import save_to
 from fsae.errors import UserError
+from fsae.storage.files import check_new_folder
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

@@ -66,11 +66,8 @@ class TextEncoder(nn.Module):
         return ([*ids[: self.text_len - 1], ids[-1]], dropped) if dropped else (ids, 0)
 
     def forward(self, prompts: Sequence[str]) -> TextEncoding:
-        """Encode `B` prompts; differentiable with respect to the model's weights.
-
-        Raises:
-            ValueError: no prompt, or a bare string, each letter of which would be taken for a prompt.
-        """
+        """Encode `B` prompts; differentiable with respect to the model's weights. A `ValueError` for no prompt, or a
+        bare string, each letter of which would be taken for a prompt."""
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"{prompts!r} given; give a list of prompts, a single one as [prompt]")
         ids, dropped = zip(*(self.tokenize(prompt) for prompt in prompts), strict=True)

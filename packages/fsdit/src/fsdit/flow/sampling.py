@@ -24,15 +24,8 @@ from fsdit.model import FSDiT
 
 @dataclass(frozen=True)
 class Step:
-    """What a callback sees after each step.
-
-    Attributes:
-        index: 0 ... total - 1.
-        total: number of steps.
-        sigma: the noise level the step started from.
-        latents: `B C t h w` after the step.
-        clean: the model's (guided) estimate of the clean latents at `sigma`.
-    """
+    """What a callback sees after step `index` of `total`: the noise level it started from, the latents `B C t h w`
+    after it, and the model's (guided) estimate of the clean latents at that level."""
 
     index: int
     total: int

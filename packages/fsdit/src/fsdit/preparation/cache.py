@@ -80,8 +80,7 @@ class CacheReport:
     Attributes:
         folder: The cache.
         samples: Samples in this process's shards.
-        made: Shards that it made now.
-        kept: Shards that were finished before.
+        made, kept: Shards that it made now, and that were finished before.
         missing: Shards of all processes that are still to be made.
         skipped: Each of its files that could not be read, and why.
     """

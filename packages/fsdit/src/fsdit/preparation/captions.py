@@ -48,14 +48,8 @@ class Captioner(Protocol):
 
 @dataclass(frozen=True)
 class CaptionReport:
-    """What was done.
-
-    Attributes:
-        path: The list.
-        asked: Captions that the model wrote now.
-        kept: Captions that were there before.
-        skipped: Files that could not be read, or that nothing was said about, and why.
-    """
+    """The list at `path`: captions that the model wrote now, those kept from before, and files that could not be read,
+    or that nothing was said about, with the reason."""
 
     path: Path
     asked: int

@@ -175,11 +175,7 @@ class CachedLatents(Dataset[dict[str, Any]]):
             )
 
     def check_fits(self, config: Any) -> None:
-        """Refuse latents, and embeddings if there are any, that a transformer does not take.
-
-        Args:
-            config: The transformer's, with latent_channels, text_dim, text_len and image_dim.
-        """
+        """Refuse latents, and embeddings if there are any, that a transformer of this configuration does not take."""
         pairs = [("latents have", self.shapes[0][0], config.latent_channels, "channels")]
         if self.empty_text is not None:
             pairs += [

@@ -26,7 +26,7 @@ from fsdit.flow.sampling import denoise
 from fsdit.model import FSDiT
 from fsdit.training.config import FlowMatchingConfig
 from fsdit.training.data import Samples, to_device_of
-from fsdit.training.samples import write_samples_if_possible
+from fsdit.training.samples import write_samples
 
 
 class Draws(NamedTuple):
@@ -184,7 +184,7 @@ class FlowMatchingTask(Task):
             results["samples"] = frame_grid([truth, video])
             folder = Path(self.config.loop.output_dir, "samples", f"step-{step:08d}")
             if is_main_process():
-                write_samples_if_possible(folder, video, list(batch["caption"]), self.config.validation_fps)
+                write_samples(folder, video, list(batch["caption"]), self.config.validation_fps)
         return results
 
     def _sample(self, batch: Any, clean: FlowBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -123,13 +123,8 @@ def from_wan(
 
 @dataclass(frozen=True)
 class Conversion:
-    """Which tensors of Wan make which of FSDiT.
-
-    Attributes:
-        carried: a tensor of FSDiT -> those of Wan that it is made of, one after the other on its rows.
-        dropped: the tensors of Wan for which FSDiT has no place.
-        new: the tensors of FSDiT for which Wan has none.
-    """
+    """Which tensors of Wan make which of FSDiT: those carried, a tensor of FSDiT -> those of Wan that it is made of,
+    one after the other on its rows; those dropped, Wan's own; those new, FSDiT's own."""
 
     carried: Mapping[str, tuple[str, ...]]
     dropped: tuple[str, ...]

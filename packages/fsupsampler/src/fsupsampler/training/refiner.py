@@ -43,17 +43,11 @@ class FrozenParts:
 class RefinerTask(FlowMatchingTask):
     """Flow matching at the high resolution, conditioned on the upsampled draft.
 
-    A clip of one frame has no draft: it is learned from its caption alone.
+    A clip of one frame has no draft: it is learned from its caption alone. Trained are the refiner and the percentiles
+    of the dynamic mask.
 
-    Batches hold `low` `B C t h w` and `high` `B C t 2h 2w`, or `video` `B 3 T H W`; `caption`, B strings; and
-    `image` or the embeddings as those of `FlowMatchingTask`.
-
-    Args:
-        refiner: Trained, and with it the percentiles of the dynamic mask.
-        encoders: The base model's, only read; None where batches hold embeddings.
-        parts: What is only read beside them.
-        config: Loss, noise levels, mask, regularisation, validation sampling.
-        clips: As those of `FlowMatchingTask`.
+    Batches hold `low` `B C t h w` and `high` `B C t 2h 2w`, or `video` `B 3 T H W`; `caption`, B strings; and `image`
+    or the embeddings as those of `FlowMatchingTask`, whose arguments these are as well.
     """
 
     config: RefinerConfig

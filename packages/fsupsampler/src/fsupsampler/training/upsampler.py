@@ -26,15 +26,8 @@ from fsupsampler.upsampler import LatentUpsampler, nearest_upsample
 class UpsamplerTask(Task):
     """Draft the high-resolution latents from the low-resolution ones.
 
-    Batches hold `low` `B C t h w` and `high` `B C t 2h 2w`, or `video` `B 3 T H W`, or, for
-    losses on decoded pixels of encoded pairs, all three.
-
-    Args:
-        upsampler: Trained.
-        loss: Weights.
-        autoencoder: Frozen; needed for batches of videos and for losses on pixels.
-        perceptual: LPIPS, or None.
-        validation: A batch to validate on.
+    Batches hold `low` `B C t h w` and `high` `B C t 2h 2w`, or `video` `B 3 T H W`, or, for losses on decoded pixels of
+    encoded pairs, all three. The autoencoder, frozen, is needed for batches of videos and for losses on pixels.
     """
 
     def __init__(
