@@ -21,7 +21,7 @@ from fsae.data.video import probe, read_video, write_video
 from fsvideo_pipeline.cli import generate, main
 from fsvideo_pipeline.cli.options import GenerateOptions
 from fsvideo_pipeline.cli.progress import STAGE_NAMES
-from fsvideo_pipeline.output import describe, load_sample
+from fsvideo_pipeline.output import describe, load_sample, save_video
 from fsvideo_pipeline.pipeline import FSVideoPipeline
 from fsvideo_pipeline.request import Job
 
@@ -144,7 +144,7 @@ def test_a_prompt_that_is_no_text_is_refused_before_any_work(
 
 def test_a_models_name_that_is_no_text_costs_no_video(tmp_path: Path) -> None:
     name = b"mod\xe8le".decode(errors="surrogateescape")
-    write_video(tmp_path / "out.mp4", np.zeros((5, 64, 64, 3), np.uint8), 8.0, describe({"model": name, "seed": 1}))
+    save_video(tmp_path / "out.mp4", np.zeros((5, 64, 64, 3), np.uint8), 8.0, describe({"model": name, "seed": 1}))
     assert metadata(tmp_path / "out.mp4")["model"] == "mod?le"
 
 
@@ -213,7 +213,7 @@ def test_fps_and_keep_latents_reach_the_files(
     assert_same_video(tmp_path / "out.mp4", decoded, tmp_path)
 
 
-@pytest.mark.parametrize("failing", ["decode", "write_video"])
+@pytest.mark.parametrize("failing", ["decode", "save_video"])
 def test_the_latents_outlive_a_failure_after_sampling(
     failing: str,
     command: Callable[..., int],

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fsae.data.video import check_video_target
+from fsae.data.video import check_video_target, write_video
 from fsae.errors import CheckpointError
 from fsae.storage.files import check_writable
 
@@ -50,6 +51,13 @@ def _versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def save_video(
+    path: str | os.PathLike[str], frames: NDArray[np.uint8], fps: float, metadata: dict[str, str] | None
+) -> None:
+    """Frames `T H W 3` as an mp4 that browsers play; see `fsae.data.video.write_video`."""
+    write_video(path, frames, fps, metadata)
 
 
 def save_sample(path: str | os.PathLike[str], sample: Sample) -> None:

@@ -49,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, (default, text) in counts.items():
         parser.add_argument(name, type=parse_count, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--samples", type=parse_count, help="clips to measure, drawn by the seed; without it, all")
-    parser.add_argument("--seed", type=int, default=0, help="decides which files, and where in them clips start")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="decides which files, and where in them clips start (default: 0)"
+    )
     parser.add_argument(
         "--lpips", nargs="+", default=(), metavar="WEIGHTS", help="files with LPIPS' trunk and heads; measures LPIPS"
     )

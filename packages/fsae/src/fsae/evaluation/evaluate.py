@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from fsae.bounds import Count, Index, check
+from fsae.bounds import Checked, Count, Index
 from fsae.data.config import Sampling
 from fsae.data.datasets import VideoFolder
 from fsae.data.video import to_frames
@@ -40,7 +40,6 @@ from fsae.evaluation.charts import frame_grid, line_charts
 from fsae.evaluation.intrinsic_dimension import NEIGHBOURS, intrinsic_dimension, latent_points
 from fsae.evaluation.metrics import (
     VideoFeatures,
-    flicker,
     frame_flicker,
     frame_lpips,
     frame_psnr,
@@ -58,7 +57,7 @@ _PACKAGES = ("fsae", "torch", "diffusers", "numpy", "av")
 
 
 @dataclass(frozen=True)
-class EvalSettings:
+class EvalSettings(Checked):
     """What is measured.
 
     Attributes:
@@ -89,9 +88,6 @@ class EvalSettings:
     fvd: str | None = None
     memory: int | None = None
     dimension_of: Literal["position", "clip"] = "position"
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 class HeldOutClips(VideoFolder):
@@ -210,17 +206,11 @@ class Evaluation:
         for name, curve in curves.items():
             gathered.curves.setdefault(name, []).extend([] if curve is None else curve.tolist())
         whole = psnr(decoded, video).tolist()
-        steady = flicker(decoded, video).tolist()
+        means = {name: None if curve is None else curve.mean(1).tolist() for name, curve in curves.items()}
         for b, name in enumerate(names):
+            own = {measure: values and values[b] for measure, values in means.items()}
             gathered.clips.append(
-                {
-                    "file": name,
-                    "psnr": whole[b],
-                    "ssim": float(curves["ssim"][b].mean()),  # type: ignore[index]
-                    "lpips": None if curves["lpips"] is None else float(curves["lpips"][b].mean()),
-                    "first_frame_psnr": float(curves["psnr"][b, 0]),  # type: ignore[index]
-                    "flicker": steady[b],
-                }
+                {"file": name, **own, "psnr": whole[b], "first_frame_psnr": float(curves["psnr"][b, 0])}  # type: ignore[index]
             )
             if len(gathered.rows) < 2 * _SHOWN_CLIPS:
                 gathered.rows += _shown(name, video[b], decoded[b])

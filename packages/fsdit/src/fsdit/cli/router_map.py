@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fsae.bounds import Bound, Count, check
+from fsae.bounds import Bound, Checked, Count
 from fsae.commandline import read_settings
 from fsae.data.config import Frames, Sampling, Side
 from fsae.errors import UserError
@@ -17,7 +17,7 @@ Picture = Annotated[str, Bound("a name that ends in .png", lambda name: Path(nam
 
 
 @dataclass(frozen=True)
-class RouterMapConfig:
+class RouterMapConfig(Checked):
     """Which model is looked at, on what, and where the map goes.
 
     Attributes:
@@ -59,7 +59,7 @@ class RouterMapConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if bool(self.data) == bool(self.cache):
             given = "both data and cache are" if self.data else "neither data nor cache is"
             raise UserError(f"{given} given; give the clips to look at as one of the two")

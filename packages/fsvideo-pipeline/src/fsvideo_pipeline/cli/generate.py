@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fsae.data.image import load_image
-from fsae.data.video import write_video
 from fsvideo_pipeline.cli.options import GenerateOptions
 from fsvideo_pipeline.cli.progress import StageBars
-from fsvideo_pipeline.output import check_output, describe, latents_path, save_sample
+from fsvideo_pipeline.output import check_output, describe, latents_path, save_sample, save_video
 from fsvideo_pipeline.plan import parse_size
 from fsvideo_pipeline.request import Job, VideoRequest, resolve
 from fsvideo_pipeline.settings import packaged_model, read_compression, read_settings
@@ -88,7 +87,7 @@ def generate(job: Job, model: Path, options: GenerateOptions) -> dict[str, float
         video = pipeline.decode(sample, bars)
         assert video.frames is not None
         decoded = time.perf_counter()
-        write_video(options.output, video.frames, job.settings.fps, metadata)
+        save_video(options.output, video.frames, job.settings.fps, metadata)
     return {"load": loaded - start, **video.timings, "write": time.perf_counter() - decoded}
 
 
