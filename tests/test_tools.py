@@ -190,6 +190,24 @@ def test_the_transformers_work_is_counted() -> None:
         assert blocks == sum(flops.values()) - (0 if memory else flops["layer_memory"])
 
 
+def test_the_memory_kernels_spill_nothing_and_move_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    bench = tool("bench", "kernels")
+    launches = {launch.name: launch for launch in bench.launches(bench.DIM, 16)}
+    assert len(launches) == 5
+    need = bench.compiled(launches["backward, l states"], 90)
+    assert need.stack == 0 and 0 < need.registers <= 128 and need.threads == 512 and need.blocks == 1
+    assert bench.blocks(255, 92160, 128, 228 * 1024) == 2  # by memory as by registers
+    # Forwards read l states, H's input, and write Ĥ and H; the router's product takes five more, as float32.
+    state, layers = 2 * 4096 * 64, 8
+    rows = sum(count + 1 + 2 + 5 for count in range(2, layers + 1)) + 2
+    for training in (False, True):
+        forward, backward = bench.layers_of_memory(bench.fused, training, 4096, layers, 64)
+        assert forward == pytest.approx(rows * state, rel=0.05)
+        unfused = bench.layers_of_memory(bench.plain, training, 4096, layers, 64)
+        assert unfused[0] > 4 * forward and unfused[1] >= 4 * backward
+
+
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_whole_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

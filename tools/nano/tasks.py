@@ -18,8 +18,8 @@ from velocity import CODE_CHANNELS, motion_code, velocity
 
 from fsae import FSAE
 from fsae.data.order import Cut
+from fsae.encoder import Encoder
 from fsae.evaluation.metrics import psnr
-from fsae.layers.conv import VideoConv3d
 from fsae.layers.matching import Matching
 from fsae.layers.motion import VELOCITY_UNIT, MotionField
 from fsae.losses.perceptual import PerceptualLoss
@@ -225,108 +225,37 @@ def latents_of_frames(model: FSAE, video: Tensor) -> tuple[Tensor, list[Tensor]]
     return as_clips(latents, t), [as_clips(feature, t)[:, :, 0] for feature in features]
 
 
-class MatchingTask(Task):
-    """What the encoder's comparison of frames adds is to say each cell's velocity, in a way that a linear layer reads.
-
-    The layer says how sure it is as well: with e the length of the error and b its expected size, the loss is the
-    density of a Laplace law in the plane, e/b + 2 log b.
+class SeeingTask(Task):
+    """The encoder's comparison of frames is to say, in the latents' motion channels, what the camera did.
 
     Args:
         match: the comparison.
-        cell: pixels that its features' cells are wide and high.
+        cell: pixels that two of its cells are wide and high.
         validation: a batch to validate on.
     """
 
     def __init__(self, match: Matching, cell: int, validation: Batch) -> None:
         self.match, self.cell, self.validation = match, cell, validation
-        self.channels = match.to_out.out_features
-        nn.init.normal_(match.to_out.weight, std=0.05)
-        self.head = nn.Linear(self.channels, 3)
-        self.modules = {"match": match, "head": self.head}
+        self.modules = {"match": match}
         self.settings = {"cell": cell}
 
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """The mean over cells, and of the errors in pixels a latent."""
-        error, size = self._errors(batch)
-        return {"loss": (error / size.exp() + 2 * size).mean(), "pixels": error.detach().mean()}
+        """Squared within two pixels and linear beyond; and the mean length of the error in pixels a latent."""
+        error, _ = self._error(batch)
+        loss = nn.functional.smooth_l1_loss(error, torch.zeros_like(error), beta=2 / VELOCITY_UNIT)
+        return {"loss": loss, "pixels": _length(error.detach())}
 
     def validate(self, step: int) -> dict[str, Tensor]:
-        """The mean error in pixels a latent."""
-        return {"velocity_error": self._errors(self.validation)[0].mean()}
+        """Mean length of the error in pixels a latent, and of the motion itself."""
+        error, code = self._error(self.validation)
+        return {"velocity_error": _length(error), "velocity": _length(code)}
 
-    def _errors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Each cell's error, in pixels, and the logarithm of what was expected of it, `B t h w` without t = 0."""
+    def _error(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """How far the motion channels are off, and what they should be, `B 8 t h w` without t = 0."""
         video = batch["video"]
-        frames = self.match.frames(video, self.cell, 1, begun=False)
-        nothing = frames.new_zeros(len(video), self.channels, *frames.shape[2:])
-        made = self.head(self.match(nothing, frames).movedim(1, -1)).movedim(-1, 1).float()[:, :, 1:]
-        truth = velocity(batch["path"], video.shape[3:], made.shape[3:])[:, :, 1:]
-        return (VELOCITY_UNIT * made[:, :2] - truth).norm(dim=1), made[:, 2].clamp(-4, 4)
-
-
-class SeeingTask(Task):
-    """The encoder alone learns to see motion: its latents' motion channels are to say what the camera did.
-
-    Its inner stages are trained, on every fourth frame: until then the outer ones see a clip's frames as pictures, and
-    stay as they are. Small heads read a velocity off the inner stages too, and are thrown away; the other channels are
-    pulled towards what they were.
-
-    Args:
-        model: an FSAE trained on pictures.
-        before: a copy of it, frozen.
-        validation: a batch to validate on.
-        keep: weight of what is pulled towards `before`.
-    """
-
-    def __init__(self, model: FSAE, before: FSAE, validation: Batch, keep: float = 1.0) -> None:
-        self.model, self.before, self.validation, self.keep = model, before, validation, keep
-        model.decoder.requires_grad_(False)
-        outer = model.encoder.outer_stages.count
-        for module in (model.encoder.conv_in, *model.encoder.stages[:outer]):
-            module.requires_grad_(False)
-        self.heads = nn.ModuleList(_head(width) for width in model.config.widths[outer:])
-        self.modules = {"encoder": model.encoder, "heads": self.heads}
-        self.frozen = {"before": before, "decoder": model.decoder}
-        self.settings = {"keep": keep}
-
-    def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Errors of the motion channels and of the heads, and how far the rest has gone."""
-        video, path = batch["video"], batch["path"]
-        size, t = video.shape[3:], video.shape[2]
-        with torch.no_grad():
-            seen = self.model.encoder.outer(as_pictures(video))[1]
-            was_features, was = self.before.encoder.inner(seen)
-        features, latents = self.model.encoder.inner(as_clips(seen, t))
-        code = motion_code(path, size)
-        terms = {"code": _robust(latents[:, :CODE_CHANNELS].float() - code)}
-        terms["others"] = (latents - as_clips(was, t))[:, CODE_CHANNELS:].float().abs().mean()
-        drift = []
-        for feature, kept in zip(features, was_features, strict=True):
-            first = as_clips(kept, t)[:, :, 0].float()
-            drift.append((feature[:, :, 0].float() - first).abs().mean() / first.abs().mean())
-        terms["first"] = torch.stack(drift).mean()
-        errors = [
-            (head(feature).float() - velocity(path, size, feature.shape[3:]) / VELOCITY_UNIT)[:, :, 1:]
-            for head, feature in zip(self.heads, features, strict=True)
-        ]
-        terms["heads"] = torch.stack([_robust(error) for error in errors]).mean()
-        total = terms["code"] + self.keep * (terms["others"] + terms["first"]) + 0.5 * terms["heads"]
-        wrong = (latents[:, :CODE_CHANNELS, 1:].float() - code[:, :, 1:]).detach()
-        finest = errors[0].detach().norm(dim=1).mean() * VELOCITY_UNIT
-        return {"loss": total, **terms, "pixels": _length(wrong), "finest_pixels": finest}
-
-    def validate(self, step: int) -> dict[str, Tensor]:
-        """Mean length of the motion channels' error in pixels a latent, and of the motion itself."""
-        video, path = self.validation["video"], self.validation["path"]
-        code = motion_code(path, video.shape[3:])
-        seen = self.model.encoder.outer(as_pictures(video))[1]
-        latents = self.model.encoder.inner(as_clips(seen, video.shape[2]))[1].float()
-        error = (latents[:, :CODE_CHANNELS] - code)[:, :, 1:]
-        return {
-            "velocity_error": _length(error),
-            "velocity_last": _length(error[:, :, -1:]),
-            "velocity": _length(code[:, :, 1:]),
-        }
+        code = motion_code(batch["path"], video.shape[3:])[:, :, 1:]
+        said = self.match(self.match.frames(video, self.cell, 1, begun=False))[:, :CODE_CHANNELS, 1:]
+        return said.float() - code, code
 
 
 def as_pictures(video: Tensor) -> Tensor:
@@ -339,32 +268,19 @@ def as_clips(pictures: Tensor, frames: int) -> Tensor:
     return pictures[:, :, 0].unflatten(0, (-1, frames)).transpose(1, 2)
 
 
-def _robust(error: Tensor) -> Tensor:
-    """Squared near zero, within two pixels, and linear beyond."""
-    return nn.functional.smooth_l1_loss(error, torch.zeros_like(error), beta=2 / VELOCITY_UNIT)
-
-
 def _length(code: Tensor) -> Tensor:
     """Mean length in pixels of the vectors in motion channels `B 8 t h w`."""
     return code.unflatten(1, (-1, 2)).norm(dim=2).mean() * VELOCITY_UNIT
 
 
-def _head(channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv3d(channels, 48, (1, 3, 3), padding=(0, 1, 1)), nn.SiLU(), nn.Conv3d(48, 2, 1))
-
-
 @torch.no_grad()
-def loosen(encoder: nn.Module, share: float = 0.5) -> None:
-    """Let an inflated encoder's temporal taps differ, by noise whose sum over the taps is zero, in place.
-
-    What it makes of a picture stays as it is; with all past taps at zero it would see little of motion to begin with.
-    """
-    generator = torch.Generator().manual_seed(0)
-    for module in encoder.modules():
-        if isinstance(module, VideoConv3d) and module.kernel_size[0] > 1:
-            noise = torch.randn(module.weight.shape, generator=generator)
-            noise = noise * (share / module.weight[0].numel() ** 0.5)
-            module.weight.add_((noise - noise.mean(2, keepdim=True)).to(module.weight))
+def free_code(encoder: Encoder) -> None:
+    """Leave an encoder's motion channels to its comparison of frames, in place: all else in them becomes zero."""
+    conv, tap = encoder.conv_out, encoder.conv_out.current_tap
+    assert encoder.average == 1 and conv.bias is not None
+    conv.weight[:CODE_CHANNELS], conv.bias[:CODE_CHANNELS] = 0, 0
+    for channel in range(CODE_CHANNELS):
+        conv.weight[channel, channel, tap, 1, 1] = -1  # what the shortcut adds
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """Trains every part of the nano model on the nano world, stage by stage.
 
     python tools/nano/train.py images        # the autoencoder, on single images
-    python tools/nano/train.py matching      # its encoder's comparison of frames
     python tools/nano/train.py seeing        # its encoder learns to see motion
     python tools/nano/train.py following     # its decoder learns to follow motion (can run beside `seeing`)
     python tools/nano/train.py together      # both, end to end
@@ -18,7 +17,6 @@ stage's time. `all` runs every stage in turn, and `--smoke` all of them with a f
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -29,14 +27,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from captions import caption, knows
 from clips import NanoClips, Plan
 from motion import motion_from_dict
-from tasks import CameraClips, ClipTask, MatchingTask, SeeingTask, Weights, loosen, one_item, read_code
+from tasks import CameraClips, ClipTask, SeeingTask, Weights, free_code, one_item, read_code
 
 from fsae import FSAE
 from fsae.data.buckets import Bucket
@@ -192,28 +190,15 @@ def images(run: Run) -> None:
     trained.save_pretrained(run.part("images", "autoencoder"))  # type: ignore[operator]
 
 
-def matching(run: Run) -> None:
-    """The encoder's comparison of frames by itself: it is to say what moved where."""
-    encoder = run.autoencoder("images").encoder
-    assert encoder.match is not None
-    optimizer = OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.98))
-    loop = autoencoder_loop("matching", run, optimizer)
-    task = MatchingTask(encoder.match, encoder.outer_stages.cell, run.held_out(17, LOW, 16, every=4))
-    trained = train(task, run.worlds(40, LONG, every=4), loop, one_item).export("match")
-    save_state(trained.state_dict(), run.part("matching", "match.safetensors"))
-
-
 def seeing(run: Run) -> None:
-    """The encoder learns to see motion, and to say so in its latents."""
-    before = run.autoencoder("images")
-    model = copy.deepcopy(before)
-    load_state(model.encoder.match, run.part("matching", "match.safetensors"))
-    outer = model.encoder.outer_stages.count
-    loosen(nn.ModuleList([*model.encoder.stages[outer:], model.encoder.conv_out]))
-    loop = autoencoder_loop("seeing", run, OptimizerConfig(learning_rate=6e-4, betas=(0.9, 0.98)))
-    task = SeeingTask(model, before.requires_grad_(False), run.held_out(17, LOW, 16, every=4))
-    trained = train(task, run.worlds(50, LONG, every=4), loop, one_item).export("encoder")
-    save_state(trained.state_dict(), run.part("seeing", "encoder.safetensors"))
+    """The encoder learns to see motion: its comparison of frames by itself, every fourth frame of a clip."""
+    encoder = run.autoencoder("images").encoder
+    free_code(encoder)
+    assert encoder.match is not None
+    loop = autoencoder_loop("seeing", run, OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.98)))
+    task = SeeingTask(encoder.match, encoder.outer_stages.cell, run.held_out(17, LOW, 16, every=4))
+    encoder.match = train(task, run.worlds(40, LONG, every=4), loop, one_item).export("match")
+    save_state(encoder.state_dict(), run.part("seeing", "encoder.safetensors"))
 
 
 def following(run: Run) -> None:
@@ -417,8 +402,7 @@ def export(run: Run) -> None:
 
 STAGES: dict[str, tuple[Callable[[Run], None], int]] = {
     "images": (images, 20_000),
-    "matching": (matching, 600),
-    "seeing": (seeing, 20_000),
+    "seeing": (seeing, 2000),
     "following": (following, 10_000),
     "together": (together, 20_000),
     "cache": (cache, 100),

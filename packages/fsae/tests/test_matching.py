@@ -18,10 +18,11 @@ from fsae.streaming import FrameCache
 CELL = 8
 
 
-def layer(channels: int = 6) -> Matching:
+def layer() -> Matching:
+    """Of latents of 32 x 32 pixels: 2 x 2 places each, of 2 x 2 pairs of cells."""
     torch.manual_seed(0)
-    made = Matching(channels).double()
-    torch.nn.init.normal_(made.to_out.weight)
+    made = Matching(6, 2, width=4).double()
+    torch.nn.init.normal_(made.to_latents.weight)
     return made
 
 
@@ -72,8 +73,7 @@ def vote_by_hand(here: Tensor, there: Tensor, row: int, column: int, window: int
 def test_votes_are_those_of_one_cell_and_offset_at_a_time() -> None:
     video = clip(2, 64, 64)
     frames = Matching.frames(video, CELL, 1, begun=False)
-    line = frames.transpose(1, 2)
-    moved, sure = Matching._seen(line, torch.Size((8, 8)))
+    moved, sure = Matching._seen(frames)
     for number, level in enumerate(LEVELS):
         small = F.avg_pool2d(video[0].transpose(0, 1), 4 * level)
         before, now = (keys_by_hand(frame) for frame in small)
@@ -91,7 +91,7 @@ def test_votes_are_those_of_one_cell_and_offset_at_a_time() -> None:
                         for r, c in cells
                     )
                 ]
-                found = [*moved[0, 0, 3 * place : 3 * place + 3, row, column], sure[0, 0, place, row, column]]
+                found = [*moved[0, row, column, 3 * place : 3 * place + 3], sure[0, row, column, place]]
                 torch.testing.assert_close(
                     torch.stack(found), torch.tensor(want, dtype=torch.double).mean(0), rtol=0, atol=1e-9
                 )
@@ -110,22 +110,43 @@ def test_small_frames_are_each_latents_last() -> None:
 
 
 @torch.no_grad()
-def test_pictures_and_still_clips_pass_unchanged() -> None:
-    match, x = layer(), torch.randn(1, 6, 2, 8, 8, dtype=torch.double)
+def test_latents_are_told_what_is_around_their_places() -> None:
+    """From c and s on: written out for one latent of the second frame."""
+    match = layer()
+    frames = Matching.frames(clip(2, 64, 96), CELL, 1, begun=False)
+    moved, sure = (part[1] for part in Matching._seen(torch.cat([frames[:, :, :1], frames], dim=2)))
+    cells = F.silu(moved @ match.moved.weight.T + sure @ match.sure.weight.T + match.sure.bias)
+    cells = cells - F.silu(sure @ match.sure.weight.T + match.sure.bias)
+    places = cells.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).mean((1, 3))  # 4 x 6 of them
+    around = torch.cat([places, places.mean((0, 1)).expand_as(places)], dim=2)
+    padded = F.pad(around, (0, 0, 1, 1, 1, 1))
+    kernel = match.near.weight[:, :, 0]
+    row, column = 1, 2  # of the latent
+    told = torch.zeros(6, dtype=torch.double)
+    for i in range(2):
+        for j in range(2):
+            r, c = 2 * row + i, 2 * column + j
+            near = torch.einsum("oiyx,yxi->o", kernel, padded[r : r + 3, c : c + 3])
+            place = places[r, c] + F.silu(near)
+            told += match.to_latents.weight.unflatten(1, (4, 2, 2))[:, :, i, j] @ place
+    torch.testing.assert_close(match(frames)[0, :, 1, row, column], told, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_pictures_and_still_clips_are_told_nothing() -> None:
+    match = layer()
     moving = Matching.frames(clip(2, 64, 64), CELL, 1, begun=False)
     still = moving[:, :, :1].expand(-1, -1, 2, -1, -1)
-    assert (match(x, still) == x).all() and (match(x[:, :, :1], moving[:, :, :1]) == x[:, :, :1]).all()
-    made = match(x, moving)
-    assert (made[:, :, 0] == x[:, :, 0]).all() and (made[:, :, 1] - x[:, :, 1]).abs().min() > 0
+    assert not match(still).any() and not match(moving[:, :, :1]).any()
+    assert not match(moving)[:, :, 0].any() and match(moving)[:, :, 1].abs().min() > 0
 
 
 @torch.no_grad()
 def test_a_stream_is_the_whole() -> None:
-    match, x = layer(), torch.randn(1, 6, 6, 8, 8, dtype=torch.double)
+    match, cache = layer(), FrameCache()
     frames = Matching.frames(clip(6, 64, 64), CELL, 1, begun=False)
-    cache = FrameCache()
-    parts = [match(*part, cache) for part in zip(x.split([1, 2, 3], 2), frames.split([1, 2, 3], 2), strict=True)]
-    torch.testing.assert_close(torch.cat(parts, dim=2), match(x, frames), rtol=0, atol=1e-12)
+    parts = [match(part, cache) for part in frames.split([1, 2, 3], 2)]
+    torch.testing.assert_close(torch.cat(parts, dim=2), match(frames), rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
@@ -134,7 +155,7 @@ def test_an_encoder_that_compares_is_the_same_in_chunks_and_tiles() -> None:
     small = {"widths": (8, 8, 16, 32, 32, 32, 32), "latent_channels": 8, "injection_head_dim": 16}
     model = FSAE.from_config(FSAE.presets["nano"] | small).double().eval()
     assert model.encoder.match is not None
-    torch.nn.init.normal_(model.encoder.match.to_out.weight)
+    torch.nn.init.normal_(model.encoder.match.to_latents.weight)
     video, memory = clip(13, 128, 192), 16_000_000
     plan = PlannedEncoder.of_clip(model.encoder, video, memory).plan
     assert len(plan.windows) > 1 and plan.latents < 4
@@ -150,8 +171,7 @@ def test_a_shifted_picture_is_told_untrained(shift: tuple[int, int]) -> None:
     """Within a tenth of a cell of the finest grid on most of the frame; another frame tells nothing."""
     picture = F.interpolate(clip(1, 32, 32)[:, :, 0], scale_factor=4, mode="bicubic")
     video = torch.stack([picture, picture.roll(shift, dims=(2, 3))], dim=2)
-    line = Matching.frames(video, CELL, 1, begun=False).transpose(1, 2)
-    moved, _ = Matching._seen(line, torch.Size((16, 16)))
-    found = moved[0, 0, 3:5, 4:-4, 4:-4] * REACH * 4  # the finest grid's larger window, in pixels
-    wanted = -torch.tensor(shift, dtype=torch.double).view(2, 1, 1)
+    moved, _ = Matching._seen(Matching.frames(video, CELL, 1, begun=False))
+    found = moved[0, 4:-4, 4:-4, 3:5] * REACH * 4  # the finest grid's larger window, in pixels
+    wanted = -torch.tensor(shift, dtype=torch.double)
     assert (found - wanted).abs().median() < 0.4

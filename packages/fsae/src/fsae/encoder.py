@@ -54,7 +54,8 @@ class Encoder(nn.Module):
         self.conv_in = VideoConv3d(3, stack.widths[0])
         self.stages = nn.ModuleList(EncoderStage(stack, s) for s in range(len(stack.widths)))
         self.conv_out = VideoConv3d(stack.widths[-1], stack.latent_channels)
-        self.match = Matching(stack.widths[self.outer_stages.count]) if stack.matching else None
+        places = self.outer_stages.compression.space // self.outer_stages.cell // 2
+        self.match = Matching(stack.latent_channels, places) if stack.matching else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(self.outer(x)[1])[1]
@@ -88,11 +89,12 @@ class Encoder(nn.Module):
 
     def inner(self, x: Tensor, cache: FrameCache | None = None) -> tuple[list[Tensor], Tensor]:
         """The whole-frame stages: `outer`'s output -> (the features of each of these stages, the latents)."""
+        told: Tensor | float = 0.0
         if self.match is not None:
             x, frames = x.split([x.shape[1] - self.match.frame_channels, self.match.frame_channels], dim=1)
-            x = self.match(x, frames, cache)
+            told = self.match(frames, cache)
         kept, x = self._run(x, self.stages[self.outer_stages.count :], cache)
-        return kept, self.conv_out(x, cache) + x.unflatten(1, (-1, self.average)).mean(2)
+        return kept, self.conv_out(x, cache) + x.unflatten(1, (-1, self.average)).mean(2) + told
 
     @staticmethod
     def _run(x: Tensor, stages: nn.ModuleList, cache: FrameCache | None) -> tuple[list[Tensor], Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 
 from fsae.errors import UserError
 from fsae.storage.checkpoint import StrictModelMixin
+from fsdit.layers import layer_memory
 from fsdit.layers.attention import CrossAttention, KeysValues, SelfAttention
 from fsdit.layers.context import ContextCache, Embedded
 from fsdit.layers.embeddings import ImageEmbedding, TextEmbedding, TimeEmbedding
-from fsdit.layers.layer_memory import LayerRouter, States, retrieve
+from fsdit.layers.layer_memory import LayerRouter, States
 from fsdit.layers.modulation import WideLayerNorm, add_gated, at_least_float32, modulate
 from fsdit.layers.rope import Rotary, rotary_tables
 from fsdit.parallel import ContextParallel
@@ -77,23 +79,24 @@ class FSDiTBlock(nn.Module):
 
     def _remember(self, states: States, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """H and Ĥ, both `B N D`."""
-        newest = states[-1]
+        form = self.memory_form(states[-1])
+        hidden = form.modulate(states[-1], shift, scale, self.eps)
         if self.router is None:
-            hidden = modulate(newest, shift, scale, self.eps)
             return hidden, hidden
-        if isinstance(states, Tensor) and self._fuses(newest):
-            from fsdit.kernels import layer_memory as fused
+        return hidden, form.retrieve(states, self.router(hidden), shift, scale, self.eps)
 
-            hidden, weights = fused.route(newest, shift, scale, self.eps, self.router)
-            return hidden, fused.retrieve(states, weights, shift, scale, self.eps)
-        hidden = modulate(newest, shift, scale, self.eps)
-        return hidden, retrieve(states, self.router(hidden), shift, scale, self.eps)
-
-    def _fuses(self, x: Tensor) -> bool:
-        """Whether Layer Memory runs as Triton kernels: where they are set, else on a GPU that has Triton."""
+    def memory_form(self, x: Tensor) -> ModuleType:
+        """The module whose `record`, `modulate` and `retrieve` Layer Memory runs: of Triton kernels where they are set,
+        else on a GPU that has Triton; of plain PyTorch otherwise, and where a compiler traces training, which it cannot
+        do through gradients that states collect."""
+        fused = self.memory_kernel == "fused"
         if self.memory_kernel == "auto":
-            return x.is_cuda and find_spec("triton") is not None
-        return self.memory_kernel == "fused"
+            fused = x.is_cuda and x.itemsize <= 4 and find_spec("triton") is not None
+        if not fused or (torch.is_grad_enabled() and torch.compiler.is_compiling()):
+            return layer_memory
+        from fsdit.kernels import layer_memory as kernels
+
+        return kernels
 
     def _body(
         self,
@@ -245,8 +248,8 @@ class FSDiT(StrictModelMixin):
             block.self_attn.context_parallel = parallel
 
     def set_memory_kernel(self, kernel: MemoryKernel) -> None:
-        """How Layer Memory runs in inference: "plain" PyTorch, "fused" in Triton kernels, or "auto", the fused form on
-        a GPU. Training takes the plain form."""
+        """How Layer Memory runs, in inference and training: "plain" PyTorch, "fused" in Triton kernels, or "auto", the
+        fused form on a GPU."""
         if kernel not in get_args(MemoryKernel):
             raise UserError(f"memory kernel {kernel!r} given; one of {', '.join(get_args(MemoryKernel))} is accepted")
         if kernel == "fused" and find_spec("triton") is None:
@@ -337,15 +340,16 @@ class FSDiT(StrictModelMixin):
         """X_L `B N D`. Every state is kept while Layer Memory may still read it, otherwise only the newest."""
         if self.config.layer_memory and not torch.is_grad_enabled():
             return self._run_blocks_in_place(x, time, context, rotary)
-        states: tuple[Tensor, ...] = (x,)
+        record = next(self._own_blocks()).memory_form(x).record
+        states = record((), x)
         for block in self.blocks:
             arguments = time, context, rotary, states
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, *arguments)
             else:
                 x = block(*arguments)
-            states = (*states, x) if self.config.layer_memory else (x,)
-        return x
+            states = record(states if self.config.layer_memory else (), x)
+        return states[-1]
 
     def _run_blocks_in_place(self, x: Tensor, time: Tensor, context: Embedded, rotary: Rotary) -> Tensor:
         """All states in one buffer `L + 1 B N D`, which every block writes the next one into."""

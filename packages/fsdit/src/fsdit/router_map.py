@@ -116,8 +116,6 @@ def watch_routers(model: FSDiT) -> Iterator[RouterTally]:
     if not routers:
         raise UserError("the model has no router to look at; give one of several layers, with layer_memory on")
     tally = RouterTally()
-    kernels = [block.memory_kernel for block in model.blocks]
-    model.set_memory_kernel("plain")  # the fused one calls no router
     hooks = [
         router.register_forward_hook(lambda _module, _inputs, weights, layer=layer: tally.add(layer, weights))
         for layer, router in routers
@@ -127,8 +125,6 @@ def watch_routers(model: FSDiT) -> Iterator[RouterTally]:
     finally:
         for hook in hooks:
             hook.remove()
-        for block, kernel in zip(model.blocks, kernels, strict=True):
-            block.memory_kernel = kernel
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fsae.layers.conv import Kernel, VideoConv3d
 from fsae.streaming import FrameCache
 
 LEVELS = (1, 2, 4)
@@ -33,7 +34,8 @@ NOISE = 0.02
 
 
 class Matching(nn.Module):
-    """x + W_2 (SiLU(W_1 c + u) - SiLU(u)),    u = W_0 s + b, where c says what moved and s how sure that is.
+    """What latents say of motion: g = SiLU(W_1 c + u) - SiLU(u), u = W_0 s + b, where c says what moved and s how sure
+    that is; the means of g over 2 x 2 places a latent, each beside its neighbours and the frame's mean; a linear layer.
 
     Of small frames, k(t, p) are the colours at cell p, less their mean nearby and over their deviation nearby. How they
     agree with those of a frame t' at offsets o, |o| <= REACH in h and in w, is the mean over a window about p of
@@ -42,32 +44,37 @@ class Matching(nn.Module):
 
     Offsets weighed by softmax(SHARPNESS a) have a mean m and a spread r. Those of the frame with itself, t' = t, are
     taken from those with the frame before: c = (m_before - m_itself, r_before - r_itself) and s = r_itself, for each of
-    `LEVELS` and `WINDOWS`. The finest grid has 2 x 2 cells for each of x's. Beyond the frame's edge k counts as zero.
-    Where nothing moves c is zero, for pictures and the clip's first frame too: these pass unchanged. W_2 starts at
-    zero.
+    `LEVELS` and `WINDOWS`. Beyond the frame's edge k counts as zero.
+
+    Where nothing moves c is zero and so is the result, for pictures and the clip's first frame too. The last layer
+    starts at zero.
 
     Args:
-        channels: of the features.
+        latent_channels: of the latents that the result is added to.
+        places: small frames' cells, in pairs, that half a latent is wide and high.
+        width: channels of g.
     """
 
     # Channels of the small frames: 2 x 2 cells of 3 colours.
     frame_channels = 12
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, latent_channels: int, places: int, width: int = 64) -> None:
         super().__init__()
         ways = len(LEVELS) * len(WINDOWS)
-        self.context = nn.Linear(ways, channels)
-        self.hidden = nn.Linear(3 * ways, channels, bias=False)
-        self.to_out = nn.Linear(channels, channels, bias=False)
-        nn.init.zeros_(self.to_out.weight)
+        self.places = places
+        self.sure = nn.Linear(ways, width)
+        self.moved = nn.Linear(3 * ways, width, bias=False)
+        self.near = VideoConv3d(2 * width, width, Kernel(taps=1, bias=False))
+        self.to_latents = nn.Linear(4 * width, latent_channels, bias=False)
+        nn.init.zeros_(self.to_latents.weight)
 
     @staticmethod
     def frames(video: Tensor, cell: int, period: int, begun: bool) -> Tensor:
-        """Video `B 3 T H W` -> the last frame of each latent, small, as 2 x 2 cells on x's grid: `B 12 t h w`.
+        """Video `B 3 T H W` -> the last frame of each latent, small, as 2 x 2 of its cells each: `B 12 t h w`.
 
         Args:
             video: the clip, or a chunk of it.
-            cell: pixels that a cell of x is wide and high.
+            cell: pixels that 2 x 2 cells are wide and high.
             period: frames that a latent stands for.
             begun: whether frames came before.
         """
@@ -75,41 +82,40 @@ class Matching(nn.Module):
         small = F.avg_pool2d(last.flatten(0, 1), cell // 2)
         return F.pixel_unshuffle(small, 2).unflatten(0, last.shape[:2]).transpose(1, 2)
 
-    def forward(self, x: Tensor, frames: Tensor, cache: FrameCache | None = None) -> Tensor:
-        """x `B C t h w` -> the same shape.
+    def forward(self, frames: Tensor, cache: FrameCache | None = None) -> Tensor:
+        """Small frames, as `frames` makes them -> what is to be added to the latents, `B c t h' w'`.
 
-        Args:
-            x: the features.
-            frames: what `frames` made, `B 12 t h w`.
-            cache: the state of a stream that both are the next chunk of.
+        cache: the state of a stream that they are the next chunk of.
         """
         before = frames[:, :, :1] if cache is None or self not in cache else cache[self]
         if cache is not None:
             cache[self] = frames[:, :, -1:]
-        line = torch.cat([before, frames], dim=2).transpose(1, 2)
-        votes, sure = self._seen(line, x.shape[3:])
-        known = self.context(sure.movedim(2, -1).to(x.dtype))
-        found = self.hidden(votes.movedim(2, -1).to(x.dtype))
-        made: Tensor = self.to_out(F.silu(found + known) - F.silu(known))
-        return x + made.movedim(-1, 1)
+        moved, sure = self._seen(torch.cat([before, frames], dim=2))
+        known = self.sure(sure.to(self.sure.weight.dtype))
+        cells = F.silu(self.moved(moved.to(self.moved.weight.dtype)) + known) - F.silu(known)
+        places = F.avg_pool2d(cells.permute(0, 3, 1, 2), self.places)
+        around = torch.cat([places, places.mean((2, 3), keepdim=True).expand_as(places)], dim=1)
+        places = places + F.silu(self.near(around.unsqueeze(2)))[:, :, 0]
+        latents: Tensor = self.to_latents(F.pixel_unshuffle(places, 2).movedim(1, -1))
+        return latents.unflatten(0, (len(frames), -1)).permute(0, 4, 1, 2, 3)
 
     @staticmethod
     @torch.no_grad()
-    def _seen(line: Tensor, grid: torch.Size) -> tuple[Tensor, Tensor]:
-        """Small frames `B 1+t 12 h w` -> c and s of all but the first, `B t channels h w`: nothing to be learned."""
+    def _seen(frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Small frames `B 12 1+t h w` -> c and s of all but the first, `B·t h w channels`: nothing to be learned."""
         # Autocast would have halves, which are too coarse for differences of agreements.
-        with torch.autocast(line.device.type, enabled=False):
-            small = F.pixel_shuffle(line.flatten(0, 1).to(torch.promote_types(line.dtype, torch.float32)), 2)
+        with torch.autocast(frames.device.type, enabled=False):
+            line = frames.transpose(1, 2).to(torch.promote_types(frames.dtype, torch.float32))
+            small = F.pixel_shuffle(line.flatten(0, 1), 2)
             moved, sure = [], []
             for level in LEVELS:
                 keys = _keys(F.avg_pool2d(small, level)).unflatten(0, line.shape[:2])
                 itself, before = _agreement(keys[:, 1:], keys[:, 1:]), _agreement(keys[:, 1:], keys[:, :-1])
                 for window in WINDOWS:
                     own = _vote(nearby(itself, window))
-                    moved.append(_on_grid(_vote(nearby(before, window)) - own, grid))
-                    sure.append(_on_grid(own[:, 2:], grid))
-            shape = (*line.shape[:1], line.shape[1] - 1)
-            return torch.cat(moved, dim=1).unflatten(0, shape), torch.cat(sure, dim=1).unflatten(0, shape)
+                    moved.append(_on_grid(_vote(nearby(before, window)) - own, line.shape[3:]))
+                    sure.append(_on_grid(own[:, 2:], line.shape[3:]))
+            return torch.cat(moved, dim=1).movedim(1, -1), torch.cat(sure, dim=1).movedim(1, -1)
 
 
 def _keys(small: Tensor) -> Tensor:
@@ -129,9 +135,7 @@ def _agreement(here: Tensor, there: Tensor) -> Tensor:
     height, width = here.shape[3:]
     here, around = here.flatten(0, 1), F.pad(there.flatten(0, 1), (REACH,) * 4)
     side = range(2 * REACH + 1)
-    found = [
-        (here * around[..., row : row + height, column : column + width]).sum(1) for row in side for column in side
-    ]
+    found = [(here * around[..., r : r + height, c : c + width]).sum(1) for r in side for c in side]
     return torch.stack(found, dim=1)
 
 
@@ -146,6 +150,6 @@ def _vote(agreement: Tensor) -> Tensor:
 
 
 def _on_grid(values: Tensor, grid: torch.Size) -> Tensor:
-    """Maps `N n h' w'` on a grid finer or coarser by a whole number, on x's."""
+    """Maps `N n h' w'` on a grid finer or coarser by a whole number, on that of pairs of cells."""
     ratio = values.shape[-1] // grid[1]
     return F.avg_pool2d(values, ratio) if ratio else F.interpolate(values, size=grid, mode="nearest")

@@ -12,11 +12,14 @@ The states reach a layer in one of two forms. In inference they are the first l 
 every layer writes its output into. In training they are l tensors `B N D`, inputs of an autograd function of their
 own: it saves no copies, and its backward recomputes what it needs from the states, so that memory grows with the depth
 and not with its square, and recomputing a layer under gradient checkpointing changes nothing.
+
+`record`, `modulate` and `retrieve` are here in plain PyTorch, and under the same names in `fsdit.kernels.layer_memory`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,7 +29,7 @@ from torch import Tensor, nn
 
 from fsdit.layers.modulation import at_least_float32, modulate
 
-States = Tensor | tuple[Tensor, ...]
+States = Tensor | Sequence[Tensor]
 """X_0 ... X_{l-1}: planes `l B N D` of a buffer, or l tensors `B N D`."""
 
 
@@ -77,6 +80,11 @@ class LayerRouter(nn.Module):
             gate = self.gate.to(wide.dtype)
             newest = F.pad(torch.ones_like(weights[..., :1]), (len(self.bias) - 1, 0))
             return newest + gate * (weights - newest)
+
+
+def record(states: Sequence[Tensor], x: Tensor) -> Sequence[Tensor]:
+    """The states and x, the next of them. What goes on from x must use the new `states[-1]`."""
+    return *states, x
 
 
 def mix_states(states: States, weights: Tensor) -> Tensor:
