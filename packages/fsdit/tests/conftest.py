@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,8 @@ def parts(films: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of saved parts that fit each other: autoencoder, encoders, transformer; all weights random."""
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
-    autoencoder = FSAE.from_preset("tiny", latent_channels=4).eval()
+    encoder: dict[str, Any] = {"widths": (8, 8, *(16,) * 5), "latent_channels": 4, "shortcut": "dc-ae"}
+    autoencoder = FSAE.from_preset("tiny", **encoder, frame_matching=False).eval()
     mean, std = measure_latent_statistics(
         autoencoder, VideoFolder(films / "clips.jsonl", Sampling(5, size=(64, 64))), 12
     )

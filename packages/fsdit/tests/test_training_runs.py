@@ -298,7 +298,9 @@ def test_a_step_leaves_nothing_behind(films: Path, parts: Path, cache: Path, tmp
 
     config = configuration(films, parts, tmp_path, cache=[str(cache)], max_steps=4, validate_every=2)
     task, data = task_of(parts, config, cache), CachedLatents(cache)
-    watched = Watched(task.transformer, None, None, config, None, data.collate([data[0]]), task.empty_text)
+    watched = Watched(
+        task.transformer, None, config, clips=Samples(batch=data.collate([data[0]]), empty_text=task.empty_text)
+    )
     training.train(watched, data, config.loop, data.collate)
     assert len(losses) == 4
 
