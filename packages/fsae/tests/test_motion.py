@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fsae import FSAE
 from fsae.errors import UserError
+from fsae.layers.config import BlockStyle
 from fsae.layers.motion import VELOCITY_UNIT, FirstFrameSampling, MotionField, at_rate, inside, places_of, sample
 from fsae.streaming import FrameCache
 from fsae.tiling import Window
@@ -21,7 +22,7 @@ CELL = 8
 
 
 def field(frames: int = 4) -> MotionField:
-    return MotionField(3, 4, frames=frames, cell=CELL, eps=1e-5, norm_affine=False).double()
+    return MotionField(3, 4, frames=frames, cell=CELL, style=BlockStyle(norm_affine=False)).double()
 
 
 def affine(matrix: Tensor, size: int) -> Tensor:
