@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 import time
 from dataclasses import replace
@@ -281,3 +282,39 @@ def test_a_benchmark_refuses_parts_that_there_are_not(tmp_path: Path, capsys: py
         with pytest.raises(SystemExit):
             gpu.main([*arguments, "--output", str(tmp_path / "none.json")])
         assert words in capsys.readouterr().err
+
+
+CONFIGS = TOOLS.parent / "packages" / "fsae" / "configs"
+FITS = re.compile(r"^# fits: 80 GB, (\d+)x(\d+)x(\d+) takes ([\d.]+)$", re.MULTILINE)
+
+
+def test_storages_are_counted_while_they_live() -> None:
+    memory = tool("bench", "memory")
+    with memory.Storages() as storages:
+        x = torch.zeros(100, 10, requires_grad=True)
+        y = (2 * x.view(-1)).exp()  # keeps what exp gave, not its input
+        assert storages.now == 2 * 4000 and storages.peak == 3 * 4000
+        y.sum().backward()
+        del x, y
+    assert storages.now == 0 and storages.largest == 1000
+
+
+@pytest.mark.parametrize("stage", ["stage2", "lite"])
+def test_a_step_is_counted_without_data(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    memory = tool("bench", "memory")
+    memory.main([str(CONFIGS / f"{stage}.yaml"), "--size", "1", "64", "64", "--patch.above", "0"])
+    found = json.loads(capsys.readouterr().out)
+    weights = 4 * (1_021_000_000 if stage == "stage2" else 2_087_000_000)
+    assert found["weights_gb"] == pytest.approx(weights / 1e9, rel=0.05)
+    assert found["peak_gb"] > found["weights_gb"] + found["optimiser_and_average_gb"] / 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", [f for f in sorted(CONFIGS.glob("*.yaml")) if FITS.search(f.read_text())], ids=str)
+def test_what_a_stages_file_says_to_fit_fits(file: Path) -> None:
+    memory = tool("bench", "memory")
+    said = FITS.findall(file.read_text())
+    for *size, total in said:
+        found = memory.count(memory.settings(file), tuple(map(int, size)), 1)
+        assert found["peak_gb"] + found["optimiser_and_average_gb"] == pytest.approx(float(total), abs=0.1)
+        assert float(total) < 80 and found["largest_tensor"] <= 1

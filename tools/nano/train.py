@@ -89,6 +89,7 @@ class Run:
         export: the pipeline's folder.
         smoke: whether textures stand for the photographs, and few sizes for all.
         device: where clips are made; the loop takes a GPU where there is one.
+        start: a pipeline's folder whose transformer and encoders `base` goes on from; none starts from random weights.
     """
 
     folder: Path
@@ -98,6 +99,7 @@ class Run:
     export: Path = MODEL
     smoke: bool = False
     device: str = "cpu"
+    start: Path | None = None
 
     def clips(self, split: str, frames: int, size: tuple[int, int], seed: int, **shares: float) -> NanoClips:
         """A world of clips; `shares` as `NanoClips` takes them."""
@@ -327,13 +329,17 @@ def latent_loop(stage: str, run: Run, batch_size: int, rate: float) -> LoopConfi
 
 
 def base(run: Run) -> None:
-    """The transformer and its encoders, all from random weights."""
+    """The transformer and its encoders, from random weights or from those of a pipeline."""
+    go_on: dict[str, Any] = {}
+    if run.start is not None:
+        go_on = {"model": str(run.start / "transformer"), "encoders": str(run.start), "train_encoders": True}
     config = TransformerConfig(
         data="the nano world",
         autoencoder=str(run.part("together", "autoencoder")),
         loop=latent_loop("base", run, batch_size=32, rate=6e-4),
         clips=ClipsConfig(FRAMES, LOW, LOW),
         flow=BASE_FLOW,
+        **go_on,
     )
     train_transformer(config, Recaptioned(run.folder / "latents" / "clips"))
 
@@ -428,6 +434,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where stages leave their parts; build/nano if not given")
     parser.add_argument("--export", type=Path, default=MODEL, help="where `export` writes the pipeline")
     parser.add_argument("--smoke", action="store_true", help="a few updates of every stage, on textures")
+    parser.add_argument("--start", type=Path, help="a pipeline's folder that `base` goes on from")
     parser.add_argument("--device", default="cpu", help="where clips are made: cpu or cuda")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -440,7 +447,18 @@ def main() -> None:
         stage, steps = STAGES[name]
         steps = SMOKE.get(name, 2) if arguments.smoke else arguments.steps or steps
         perceptual = tuple(arguments.perceptual)
-        stage(Run(folder, steps, arguments.minutes, perceptual, target, arguments.smoke, arguments.device))
+        stage(
+            Run(
+                folder,
+                steps,
+                arguments.minutes,
+                perceptual,
+                target,
+                arguments.smoke,
+                arguments.device,
+                arguments.start,
+            )
+        )
 
 
 if __name__ == "__main__":

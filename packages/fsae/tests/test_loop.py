@@ -90,6 +90,19 @@ def trained(folder: Path, noise: float = 0.1, **changes: Any) -> Tensor:
     return weights(task)
 
 
+def test_weights_saved_in_half_precision_are_trained_in_full(tmp_path: Path) -> None:
+    """As if the rounded weights had been given in fp32."""
+    rounded, half = Denoise(), Denoise()
+    for module in rounded.modules.values():
+        module.half().float()
+    for module in half.modules.values():
+        module.half()
+    for task, name in ((rounded, "rounded"), (half, "half")):
+        train(task, Points(), config(tmp_path / name, max_steps=3))
+    assert weights(half).dtype == torch.float32
+    assert torch.equal(weights(half), weights(rounded))
+
+
 def test_equals_the_training_written_out_by_hand(tmp_path: Path) -> None:
     optimizer = OptimizerConfig(learning_rate=0.02, betas=(0.8, 0.9), weight_decay=0.1, eps=1e-6)
     schedule = ScheduleConfig("cosine", warmup_steps=3, min_ratio=0.1)

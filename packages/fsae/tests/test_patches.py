@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fsae.layers.attention import FirstFrameAttention
 from fsae.model import FSAE
-from fsae.stages.patches import Patch, decode, draw_patch, exact_core
+from fsae.stages.patches import Patch, Span, decode, draw_patch, draw_span, exact_core
 from fsae.tiling import Window
 
 
@@ -103,3 +103,75 @@ def test_a_smaller_core_would_not_be_needed_and_a_larger_one_is_wrong() -> None:
     wide = exact_core(window, 3, 16, 16)
     part = decode(model.decoder, latents, first, noise, Patch(window, wide))
     assert (part - wide.scaled(8).crop(whole)).abs().max() > 1e-6
+
+
+# --- in time
+
+
+@pytest.mark.parametrize(
+    ("kind", "span", "core"),
+    [
+        ("causal", (0, 4), (0, 4)),
+        ("causal", (1, 14), (12, 14)),
+        ("lite", (0, 3), (0, 3)),
+        ("lite", (2, 10), (8, 10)),
+        ("standard", (0, 9), (0, 3)),
+        ("standard", (5, 14), (11, 14)),
+        ("standard", (0, 14), (0, 14)),
+    ],
+    ids=str,
+)
+def test_a_part_of_a_clip_has_the_gradient_of_the_whole_in_its_core(
+    kind: str, span: tuple[int, int], core: tuple[int, int]
+) -> None:
+    """In space as well; 14 latents, of which `reach` at these depths is 11 and 0, 6 and 0, 6 and 6."""
+    model = tiny(decoder_kind=kind, decoder_depths=(1,) * 7).double()
+    assert model.decoder.reach == {"causal": (11, 0), "lite": (6, 0), "standard": (6, 6)}[kind]
+    torch.manual_seed(0)
+    latents = torch.randn(1, 8, 14, 1, 2, dtype=torch.double, requires_grad=True)
+    first = [None if f is None else f.detach() for f in model.first_frame_features(clip(1, 64, 128).double())]
+    noise = model.decoder.draw_noise(64, 128, seeded())
+    window = Window(0, 3, 8, 11)
+    patch = Patch(window, exact_core(window, model.decoder.halo, 8, 16), Span(*span), Span(*core))
+
+    def gradients(part: Patch | None) -> tuple[Tensor, list[Tensor | None]]:
+        made = decode(model.decoder, latents, first, noise, part)
+        made = patch.target(made, 8, 4) if part is None else made
+        value = made.square().mean()
+        inputs = [latents, *model.decoder.parameters()]
+        return made, list(torch.autograd.grad(value, inputs, allow_unused=True))
+
+    if kind == "causal" and core[0]:
+        with torch.no_grad():
+            wide = Patch(window, patch.core, patch.span, Span(core[0] - 1, core[1]))
+            video = wide.target(decode(model.decoder, latents, first, noise, None), 8, 4)
+            assert (decode(model.decoder, latents, first, noise, wide) - video).abs().max() > 1e-9
+    whole, expected = gradients(None)
+    assert whole.shape[2] == 4 * (core[1] - core[0]) - 3 * (core[0] == 0)
+    part, found = gradients(patch)
+    torch.testing.assert_close(part, whole, rtol=0, atol=1e-10)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("kind", "reach"), [("causal", (25, 0)), ("lite", (13, 0)), ("standard", (13, 13))])
+def test_what_the_papers_decoders_reach_in_time(kind: str, reach: tuple[int, int]) -> None:
+    with torch.device("meta"):
+        assert FSAE.from_preset("standard", decoder_kind=kind).decoder.reach == reach
+
+
+def test_spans_are_drawn_where_they_have_a_core() -> None:
+    generator = seeded()
+    seen = np.zeros(31)
+    for _ in range(500):
+        drawn = draw_span(31, 20, (13, 0), generator)
+        assert drawn is not None
+        span, core = drawn
+        assert span.stop - span.start == 20 and 0 <= span.start <= core.start < core.stop == span.stop <= 31
+        assert core.start == (span.start + 13 if span.start else 0)
+        seen[slice(*core)] += 1
+    assert seen.min() > 30
+    assert {draw_span(31, 20, (25, 0), generator) for _ in range(20)} == {(Span(0, 20), Span(0, 20))}
+    ends = {draw_span(31, 16, (13, 13), generator) for _ in range(40)}
+    assert ends == {(Span(0, 16), Span(0, 3)), (Span(15, 31), Span(28, 31))}
+    assert draw_span(16, 16, (13, 13), generator) is None

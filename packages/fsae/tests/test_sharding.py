@@ -93,13 +93,17 @@ class Adversarial(Task):
         return {}
 
 
+# Bytes for which the clips below are cut.
+IN_PARTS = 20_000_000
+
+
 class Clips(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return 6
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(index)
-        return {"video": torch.rand(3, 5, 64, 64, generator=generator) * 2 - 1}
+        return {"video": torch.rand(3, 5, 64, 128, generator=generator) * 2 - 1}
 
 
 def tiny_fsae() -> FSAE:
@@ -127,8 +131,8 @@ def adversarial(folder: Path, batch_size: int, steps: int, **changes: Any) -> tu
     return task, train(task, Points(), config(folder, batch_size, steps, **changes))
 
 
-def autoencoder(settings: LoopConfig) -> None:
-    train(AutoencoderTask(AutoencoderConfig("none", settings), tiny_fsae()), Clips(), settings)
+def autoencoder(settings: LoopConfig, **changes: Any) -> None:
+    train(AutoencoderTask(AutoencoderConfig("none", settings, **changes), tiny_fsae()), Clips(), settings)
 
 
 def process(folder: Path, kind: Any) -> None:
@@ -148,6 +152,8 @@ def process(folder: Path, kind: Any) -> None:
     (folder / f"facts-{result.is_main_process}.json").write_text(json.dumps(facts))
     adversarial(folder / "net", 2, 8)  # the same run goes on with the whole model in each process
     autoencoder(config(folder / "fsae", 1, 3, sharding=kind))
+    # In tiles, and the encoder in chunks, which are computed anew in the backward pass.
+    autoencoder(config(folder / "parts", 1, 3, sharding=kind), gradient_checkpointing=True, memory=IN_PARTS)
 
 
 def held(parameter: Any) -> int:
@@ -177,6 +183,7 @@ def test_two_processes_with_half_a_model_each_equal_one(tmp_path: Path, kind: st
     assert_equal_checkpoints(tmp_path / "one", tmp_path / "two" / "net")  # 3 and 3 steps split, 2 steps whole
     autoencoder(config(tmp_path / "fsae", 2, 3))
     assert_equal_checkpoints(tmp_path / "fsae", tmp_path / "two" / "fsae")
+    assert_equal_checkpoints(tmp_path / "fsae", tmp_path / "two" / "parts")
 
     _, at_six = adversarial(tmp_path / "six", 4, 6)
     average = [p.detach().flatten() for p in at_six.export("net").parameters()]

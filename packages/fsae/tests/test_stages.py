@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fsae import planned
 from fsae.errors import UserError
 from fsae.layers.attention import FirstFrameAttention
 from fsae.layers.motion import FirstFrameSampling
@@ -26,7 +27,7 @@ from fsae.stages.config import (
     PatchConfig,
 )
 from fsae.stages.objective import Adversary, Alignment, Distillation, Lpips, Objective
-from fsae.stages.patches import draw_patch
+from fsae.stages.patches import draw_patch, draw_span
 from fsae.stages.task import AutoencoderTask
 from fsae.training.config import LoopConfig, OptimizerConfig
 from fsae.training.loop import train
@@ -141,6 +142,44 @@ def test_the_task_takes_its_loss_in_the_core(lpips_state: dict[str, Tensor]) -> 
     torch.testing.assert_close(unpatched["l1"], (whole - video).abs().mean())
 
 
+def test_the_task_takes_its_loss_in_a_part_of_the_clip() -> None:
+    model, video = tiny(decoder_kind="causal"), clip(13, 64, 64)
+    task = AutoencoderTask(settings(patch=PatchConfig(latents=2)), model)
+    terms = task.loss({"video": video}, seeded())
+    whole = model(video, seeded())
+    torch.testing.assert_close(terms["l1"], (whole - video)[:, :, :5].abs().mean(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"patch\.latents is 8.*more than 8"):
+        AutoencoderTask(settings(patch=PatchConfig(latents=8)), tiny())
+    teacher = Objective(distillation=Distillation(lite_of(standard := tiny()), standard, DistillationConfig("s")))
+    imitating = AutoencoderTask(settings(patch=PatchConfig(latents=9), freeze_encoder=True), lite_of(standard), teacher)
+    assert imitating.reach == standard.decoder.reach == (8, 8)
+
+
+@pytest.mark.parametrize("parts", [{}, {"freeze_encoder": True}, {"patch": PatchConfig(13)}], ids=str)
+def test_memory_changes_neither_loss_nor_gradients(parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    video, plans, results = clip(9, 128, 128).double(), [], []
+    plan = planned.plan_recomputed
+    monkeypatch.setattr(planned, "plan_recomputed", lambda *a: plans.append(plan(*a)) or plans[-1])
+    for memory in (None, 90_000_000):
+        model = tiny(decoder_kind="lite").double()
+        if memory:
+            model.enable_gradient_checkpointing()
+        task = AutoencoderTask(settings(gradient_checkpointing=memory is not None, memory=memory, **parts), model)
+        loss = task.loss({"video": video}, seeded())["loss"]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        results.append([loss.detach(), *torch.autograd.grad(loss, trained, allow_unused=True)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+    half = len(plans) // 2
+    assert all(len(p.windows) == 1 and p.latents == 3 for p in plans[:half])
+    assert all(len(p.windows) > 1 or p.latents < 3 for p in plans[half:])
+
+
+def test_memory_is_for_what_is_computed_anew() -> None:
+    with pytest.raises(UserError, match="gradient_checkpointing to true"):
+        settings(memory=1)
+
+
 def test_a_patch_without_a_core_is_refused() -> None:
     with pytest.raises(UserError, match=r"patch\.cells is 8.*more than 8"):
         AutoencoderTask(settings(patch=PatchConfig(8)), tiny())
@@ -231,13 +270,13 @@ def test_distillation_compares_what_can_be_compared() -> None:
     assert not features
 
 
-@pytest.mark.parametrize("cells", [0, 13])
-def test_distillation_terms(cells: int) -> None:
+@pytest.mark.parametrize(("cells", "latents"), [(0, 0), (13, 0), (13, 9)])
+def test_distillation_terms(cells: int, latents: int) -> None:
     standard = tiny()
-    lite, video = lite_of(standard), clip(5, 128, 128)
+    lite, video = lite_of(standard), clip(37 if latents else 5, 128, 128)
     config = DistillationConfig("standard", pixel_weight=0.7, feature_weight=0.3)
     objective = Objective(distillation=Distillation(lite, standard, config))
-    task = AutoencoderTask(settings(patch=PatchConfig(cells), freeze_encoder=True), lite, objective)
+    task = AutoencoderTask(settings(patch=PatchConfig(cells, latents=latents), freeze_encoder=True), lite, objective)
     terms = task.loss({"video": video}, seeded())
     generator, outputs = seeded(), []
     for model in (lite, standard):
@@ -247,8 +286,12 @@ def test_distillation_terms(cells: int) -> None:
     if cells:
         patch = draw_patch(16, 16, cells, 4, generator)
         assert patch is not None
-        mine, its = (patch.core.scaled(8).crop(x) for x in (mine, its))
-        mine_features[2], its_features[2] = (patch.core.scaled(2).crop(f[2]) for f in (mine_features, its_features))
+        if latents:
+            spans = draw_span(10, latents, (8, 8), generator)
+            assert spans is not None
+            patch = replace(patch, span=spans[0], core_span=spans[1])
+        mine, its = (patch.target(x, 8, 4) for x in (mine, its))
+        mine_features[2], its_features[2] = (patch.target(f[2], 2, 1) for f in (mine_features, its_features))
     relative = [
         (mine_features[s] - its_features[s]).square().sum() / its_features[s].square().sum() for s in range(2, 7)
     ]

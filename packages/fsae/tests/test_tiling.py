@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,17 @@ from torch.utils._pytree import tree_leaves
 from fsae import FSAE
 from fsae.errors import UserError
 from fsae.planned import PlannedDecoder, PlannedEncoder
-from fsae.tiling import MAX_ELEMENTS, OuterStages, TilePlan, Window, Workload, foresee, plan_tiles, tiled
+from fsae.tiling import (
+    MAX_ELEMENTS,
+    OuterStages,
+    TilePlan,
+    Window,
+    Workload,
+    foresee,
+    foresee_recomputed,
+    plan_tiles,
+    tiled,
+)
 
 NOTHING_TO_SPARE = 1
 
@@ -50,31 +61,35 @@ def least_memory(call: Any) -> int:
 
 
 class Memory(TorchDispatchMode):
-    """Bytes of the tensors that are alive, at their most, and the largest tensor made."""
+    """Bytes of the storages that are made inside and alive, at their most, and the largest tensor made."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.owners: dict[int, tuple[int, int]] = {}
+        self.seen: set[int] = set()
         self.now = self.peak = self.largest = 0
 
-    def _gone(self, key: int) -> None:
-        nbytes, owners = self.owners.pop(key)
-        if owners > 1:
-            self.owners[key] = nbytes, owners - 1
-        else:
-            self.now -= nbytes
+    def _gone(self, key: int, nbytes: int) -> None:
+        self.seen.discard(key)
+        self.now -= nbytes
+
+    def _found(self, tensor: Tensor, made: bool) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.seen:
+            nbytes = storage.nbytes() if made else 0
+            self.seen.add(storage._cdata)
+            self.now += nbytes
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, storage._cdata, nbytes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in tree_leaves((args, kwargs)):
+            if isinstance(given, Tensor):
+                self._found(given, made=False)
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                nbytes, owners = self.owners.get(storage.data_ptr(), (storage.nbytes(), 0))
-                self.now += 0 if owners else nbytes
-                self.owners[storage.data_ptr()] = nbytes, owners + 1
-                self.peak = max(self.peak, self.now)
                 self.largest = max(self.largest, tensor.numel())
-                weakref.finalize(tensor, self._gone, storage.data_ptr())
+                self._found(tensor, made=True)
         return out
 
 
@@ -343,6 +358,37 @@ def test_peak_memory_of_the_encoder_and_of_streams_is_as_foreseen() -> None:
             peaks.append(memory.peak)
         check(memory, found)
         assert peaks[1] <= 1.02 * peaks[0]  # more latents, no more memory
+
+
+def planned_peaks(model: FSAE, video: Tensor, length: int, grid: tuple[int, int]) -> list[tuple[int, TilePlan]]:
+    """Most bytes alive in training of the encoder and of the decoder, and the plans."""
+    latents = 1 + (video.shape[2] - 1) // 4
+    work = Workload(1, latents, *(side // 8 for side in video.shape[3:]), 4)
+    stages = model.encoder.outer_stages
+    plan = foresee_recomputed(stages, work, length, grid)
+    with Memory() as memory:
+        made = PlannedEncoder(model.encoder, plan).features(video, 2)[1]
+        made.square().sum().backward()
+    found = [(memory.peak, plan)]
+    result = 3 * video[0, 0].numel()
+    plan = foresee_recomputed(model.decoder.outer_stages, replace(work, result=result), length, grid)
+    x = torch.randn(1, model.decoder.outer_stages.widths[-1], latents, *(side // 8 for side in video.shape[3:]))
+    noise = model.decoder.draw_noise(*video.shape[3:], torch.Generator())
+    with Memory() as memory:
+        PlannedDecoder(model.decoder, plan).outer(x.requires_grad_(), None, noise).square().sum().backward()
+    return [*found, (memory.peak, plan)]
+
+
+@pytest.mark.parametrize("kind", ["causal", "lite"])
+def test_peak_memory_of_training_is_as_foreseen(kind: str) -> None:
+    model = nonzero(
+        kind, torch.float32, widths=(16, 32, 32, 32, 32), encoder_depths=(2, 2, 2, 1, 1), decoder_depths=(3, 3, 3, 1, 1)
+    )
+    model.enable_gradient_checkpointing()
+    video = torch.randn(1, 3, 17, 64, 96)
+    for length, grid in ((5, (1, 1)), (5, (1, 2)), (2, (1, 1)), (2, (2, 2))):
+        for peak, plan in planned_peaks(model, video, length, grid):
+            assert 0.4 * plan.nbytes <= peak <= plan.nbytes
 
 
 def check(memory: Memory, found: TilePlan) -> None:

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fsae.layers.attention import FirstFrameAttention, FirstFrameContext
-from fsae.layers.blocks import EViTBlock, ResBlock, Stage
+from fsae.layers.blocks import EViTBlock, ResBlock
 from fsae.layers.config import Injection, StackConfig
 from fsae.layers.conv import TimeKind, VideoConv3d
 from fsae.layers.motion import FirstFrameSampling, MotionField, Values
 from fsae.layers.norm import PixelNorm
+from fsae.layers.recomputed import Recomputed
 from fsae.layers.resample import Upsample
 from fsae.streaming import FrameCache
 from fsae.tiling import OuterStages, Window
@@ -51,7 +52,7 @@ class Sight(NamedTuple):
     displacements: Tensor | None = None
 
 
-class DecoderStage(Stage):
+class DecoderStage(Recomputed):
     """The step up from the stage before, the look at the first frame, and the blocks of one resolution."""
 
     def __init__(
@@ -92,7 +93,7 @@ class DecoderStage(Stage):
         return x
 
 
-class Decoder(nn.Module):
+class Decoder(Recomputed):
     """Latents `B c t h w`, not normalised -> video `B 3 1+4(t-1) 64h 64w`.
 
     Args:
@@ -139,6 +140,15 @@ class Decoder(nn.Module):
         """Cells of `inner`'s output around a place that `outer` looks at: 7 at the paper's depths."""
         return self.outer_stages.halo
 
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Latents before and behind one that `outer` looks at: causal 25 and 0, Lite 13 and 0, Standard 13 and 13."""
+        # A group-causal convolution looks ahead inside a latent's own frames alone.
+        before, behind = {"causal": (2, 0), "group_causal": (1, 0), "standard": (1, 1)}[self.conv_out.time]
+        depths = [len(cast(DecoderStage, stage).blocks) for stage in self.stages[: self.outer_stages.count]]
+        doubled = len(self.stages) - 1, self.outer_stages.compression.time
+        return _reach(depths, before, *doubled), _reach(depths, behind, *doubled)
+
     def draw_noise(self, height: int, width: int, generator: torch.Generator) -> list[list[Tensor]]:
         """The noise of a video of `height` x `width` pixels: by outer stage, fine to coarse, a map `1 1 1 H W` a block.
 
@@ -176,7 +186,7 @@ class Decoder(nn.Module):
         x = self.conv_in(latents, cache) + latents.repeat_interleave(self.copies, dim=1)
         for s in reversed(range(self.outer_stages.count, len(self.stages))):
             x = self.stages[s](x, _sight(first_frame, s), cache=cache)
-        return x if self.motion is None else torch.cat([x, self.motion(x, latents, cache)], dim=1)
+        return x if self.motion is None else torch.cat([x, self.run(self.motion, x, latents, cache=cache)], dim=1)
 
     def outer(
         self,
@@ -209,7 +219,10 @@ class Decoder(nn.Module):
             part = None if window is None else window.scaled(self.outer_stages.cell >> s)
             maps = noise[s] if part is None else [part.crop(noise_map) for noise_map in noise[s]]
             x = self.stages[s](x, _sight(first_frame, s, part, displacements), maps, cache)
-        return self.conv_out(F.relu(self.norm_out(x), inplace=not torch.is_grad_enabled()), cache)
+        return cast(Tensor, self.run(self.conv_out, x, cache=cache, call=self._pixels))
+
+    def _pixels(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        return cast(Tensor, self.conv_out(F.relu(self.norm_out(x), inplace=not torch.is_grad_enabled()), cache))
 
     def forward(self, latents: Tensor, first_frame: FirstFrame | None, generator: torch.Generator) -> Tensor:
         """first_frame: the encoder's features of frame 0 at every stage, fine to coarse, each `B C H W`, or None."""
@@ -236,6 +249,7 @@ def _outer_stages(stack: StackConfig, kept_frames: int) -> OuterStages:
         cell=stack.compression.cell(stack.residual_stages),
         halo=_halo(depths, len(stack.widths)),
         kept_frames=kept_frames,
+        upward=True,
     )
 
 
@@ -246,4 +260,17 @@ def _halo(depths: Sequence[int], stages: int) -> int:
         reach += 2 * depth
         if s + 1 < stages:
             reach = -(-(reach + 1) // 2)
+    return reach
+
+
+def _reach(depths: Sequence[int], frames: int, steps: int, rate: int) -> int:
+    """Latents on one side that are looked at by convolutions of so many frames there; see `_halo`.
+
+    steps: between all stages; rate: frames that the finest stage has for a latent.
+    """
+    reach = frames
+    for s, depth in enumerate(depths):
+        reach += frames * (2 * depth + (s < steps))
+        if rate >> s > 1:
+            reach = -(-reach // 2)
     return reach

@@ -11,16 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fsae.layers.blocks import EViTBlock, ResBlock, Stage
+from fsae.layers.blocks import EViTBlock, ResBlock
 from fsae.layers.config import StackConfig
 from fsae.layers.conv import VideoConv3d
 from fsae.layers.matching import Matching
+from fsae.layers.recomputed import Recomputed
 from fsae.layers.resample import Downsample
 from fsae.streaming import FrameCache
 from fsae.tiling import OuterStages
 
 
-class EncoderStage(Stage):
+class EncoderStage(Recomputed):
     """The blocks of one resolution, and the step down to the next where there is one."""
 
     def __init__(self, stack: StackConfig, stage: int) -> None:
@@ -40,7 +41,7 @@ class EncoderStage(Stage):
         return x, x if self.down is None else self.run(self.down, x, cache=cache)
 
 
-class Encoder(nn.Module):
+class Encoder(Recomputed):
     """Video `B 3 T H W` in [-1, 1] -> latents `B c t h w`, not yet normalised.
 
     Attributes:
@@ -79,7 +80,7 @@ class Encoder(nn.Module):
             The features of each of these stages, and what `inner` starts from, `B C t h w`.
         """
         begun = cache is not None and self.conv_in in cache
-        kept, out = self._run(self.conv_in(x, cache), self.stages[: self.outer_stages.count], cache)
+        kept, out = self._run(self.run(self.conv_in, x, cache=cache), self.stages[: self.outer_stages.count], cache)
         if self.match is not None:
             # The frames themselves, small, in channels of their own: what is cut and joined stays one map.
             stages = self.outer_stages

@@ -134,6 +134,11 @@ class FSAE(StrictModelMixin):
         """Frames a latent stands for, after the first: 4 with two temporal stages."""
         return self.compression.time
 
+    @property
+    def first_injected_stage(self) -> int:
+        """The finest stage whose features of frame 0 the decoder looks at, where it does."""
+        return 0 if self.config.injection_sampling else self.config.temporal_stages
+
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(c, t, h, w) of the latents of a video; a size that does not fit is a `UserError`."""
         return self.config.latent_channels, *self.compression.latent_size(frames, height, width)
@@ -185,7 +190,7 @@ class FSAE(StrictModelMixin):
         """
         self.compression.check(*first_frame.shape[2:])
         image = first_frame[:, :, :1]
-        first = 0 if self.config.injection_sampling else self.config.temporal_stages
+        first = self.first_injected_stage
         features = PlannedEncoder.of_clip(self.encoder, image, memory).image_features(image, first)
         return [None] * first + [feature[:, :, 0] for feature in features]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fsae.decoder import Decoder, FirstFrame
 from fsae.encoder import Encoder
 from fsae.streaming import FrameCache, joined
-from fsae.tiling import TilePlan, Window, Workload, plan_tiles, tiled
+from fsae.tiling import TilePlan, Window, Workload, plan_recomputed, plan_tiles, tiled
 
 # Latents that a stream's chunk is worked on at a time, where memory allows.
 LONGEST_CHUNK = 64
@@ -47,6 +47,44 @@ class PlannedEncoder:
         height, width = (side // encoder.outer_stages.cell for side in video.shape[3:])
         work = Workload(video.shape[0], latents, height, width, video.element_size())
         return cls(encoder, plan_tiles(encoder.outer_stages, work, memory, "encode", latents or LONGEST_CHUNK))
+
+    @classmethod
+    def of_training(cls, encoder: Encoder, video: Tensor, memory: int | None) -> PlannedEncoder:
+        """Planned for a whole video and its gradients, computed anew part by part."""
+        stages = encoder.outer_stages
+        height, width = (side // stages.cell for side in video.shape[3:])
+        latents = stages.compression.latents(video.shape[2])
+        work = Workload(video.shape[0], latents, height, width, _bytes_of_a_number(video))
+        return cls(encoder, plan_recomputed(stages, work, memory, "train the encoder on"))
+
+    def features(self, video: Tensor, first: int) -> tuple[list[Tensor], Tensor]:
+        """Video -> (frame 0's features at stage `first` and those coarser than it, fine to coarse, and the latents).
+
+        With gradients. Each part of the outer stages is computed anew in the backward pass where the encoder's layers
+        are; its neighbours in time are given the frames that they need with their gradients.
+
+        Returns:
+            Features `B C h w`, and latents `B c t h w`, not normalised.
+        """
+        encoder, count = self.encoder, self.plan.latents
+        chunked = encoder.outer_stages.frames(0, count, begun=False) < video.shape[2]
+        if not chunked and len(self.plan.windows) == 1:
+            kept, latents = encoder.features(video)
+            return [feature[:, :, 0] for feature in kept[first:]], latents
+
+        def part(video: Tensor, begun: bool, cache: FrameCache | None = None) -> tuple[list[Tensor], Tensor]:
+            features, x = encoder.outer(video, cache)
+            return [] if begun else [feature[:, :, 0].clone() for feature in features[first:]], x
+
+        def compute(_: int, window: Window) -> list[Tensor]:
+            cache = FrameCache() if chunked else None
+            chunks = self._cut(self._crop(video, window), begun=False)
+            found = [encoder.run(encoder, chunk, n > 0, cache=cache, call=part) for n, chunk in enumerate(chunks)]
+            return [*found[0][0], torch.cat([x for _, x in found], dim=2)]
+
+        *fine, x = self._tiled(compute)
+        coarse, latents = encoder.inner(x)
+        return fine + [feature[:, :, 0] for feature in coarse[max(first - encoder.outer_stages.count, 0) :]], latents
 
     def whole(self, video: Tensor) -> Tensor:
         """Video `B 3 T H W` -> its latents, not normalised."""
@@ -125,6 +163,14 @@ class PlannedDecoder:
         work = cls._workload(decoder, first, None, 0)
         return cls(decoder, plan_tiles(decoder.outer_stages, work, memory, "decode", longest))
 
+    @classmethod
+    def of_training(cls, decoder: Decoder, x: Tensor, memory: int | None) -> PlannedDecoder:
+        """Planned for `outer` of x, what `Decoder.inner` gives or a part of it, and the gradients."""
+        stages, (batch, _, latents, height, width) = decoder.outer_stages, x.shape
+        result = batch * 3 * stages.compression.frames(latents) * height * width * stages.cell**2
+        work = Workload(batch, latents, height, width, _bytes_of_a_number(x), result)
+        return cls(decoder, plan_recomputed(stages, work, memory, "train the decoder on"))
+
     @staticmethod
     def _workload(decoder: Decoder, latents: Tensor, count: int | None, result: int) -> Workload:
         stages = decoder.outer_stages
@@ -142,11 +188,32 @@ class PlannedDecoder:
         parts = [decoder.inner(part, first_frame, kept) for part in latents.split(self.plan.latents, dim=2)]
         x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         del parts, kept
+        return self.outer(x, first_frame, noise)
+
+    def outer(
+        self,
+        x: Tensor,
+        first_frame: FirstFrame | None,
+        noise: Sequence[Sequence[Tensor]],
+        place: Window | None = None,
+    ) -> Tensor:
+        """What `Decoder.inner` gives -> the video. With gradients, each part is computed anew where layers are.
+
+        place: the part of the frame that x, and the plan, are of; None is all of it.
+        """
+        decoder, count = self.decoder, x.shape[2]
+        chunked = self.plan.latents < count
+        one = not chunked and len(self.plan.windows) == 1
 
         def compute(_: int, window: Window) -> list[Tensor]:
             cache = FrameCache() if chunked else None
+            at = window if place is None else window.moved(place.top, place.left)
             chunks = window.crop(x).split(self.plan.latents, dim=2)
-            pieces = (decoder.outer(chunk, first_frame, noise, window, cache) for chunk in chunks)
+            if one:
+                return [decoder.outer(x, first_frame, noise, at)]
+            pieces = (
+                decoder.run(decoder, chunk, first_frame, noise, at, cache=cache, call=decoder.outer) for chunk in chunks
+            )
             return [joined(pieces, decoder.outer_stages.frames(0, count, begun=False))]
 
         return self._tiled(compute)
@@ -175,3 +242,9 @@ class PlannedDecoder:
     def _tiled(self, compute: Callable[[int, Window], list[Tensor]]) -> Tensor:
         stages = self.decoder.outer_stages
         return tiled(self.plan.windows, stages.halo, self.plan.height, self.plan.width, compute)[0]
+
+
+def _bytes_of_a_number(x: Tensor) -> int:
+    """Of the activations that layers make of x: autocast makes smaller ones."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind).itemsize if torch.is_autocast_enabled(kind) else x.element_size()

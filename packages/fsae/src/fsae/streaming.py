@@ -25,6 +25,22 @@ class FrameCache:
     def __init__(self) -> None:
         self._frames: dict[nn.Module, Tensor] = {}
 
+    def copy(self) -> FrameCache:
+        """Another stream that goes on from here: the same frames, which nobody writes to."""
+        other = FrameCache()
+        other._frames = dict(self._frames)
+        return other
+
+    def of(self, layer: nn.Module) -> FrameCache:
+        """A copy with the frames of `layer` and of what is in it alone."""
+        other = FrameCache()
+        other._frames = {m: self._frames[m] for m in layer.modules() if m in self._frames}
+        return other
+
+    def update(self, other: FrameCache) -> None:
+        """Take over the frames that another stream keeps."""
+        self._frames.update(other._frames)
+
     def __contains__(self, layer: nn.Module) -> bool:
         return layer in self._frames
 
@@ -43,7 +59,12 @@ class FrameCache:
 
 
 def joined(pieces: Iterator[Tensor], frames: int) -> Tensor:
-    """Pieces `B C T' H W` written one after another into a clip of `frames` frames, so that no two copies stand."""
+    """Pieces `B C T' H W` written one after another into a clip of `frames` frames, so that no two copies stand.
+
+    With gradients, which would copy the clip for each piece, they are put together in the end.
+    """
+    if torch.is_grad_enabled() and (parts := list(pieces)):
+        return torch.cat(parts, dim=2)
     clip: Tensor | None = None
     start = 0
     for piece in pieces:

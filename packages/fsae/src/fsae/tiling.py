@@ -7,14 +7,19 @@ Peak memory is foreseen by a plain count. At a stage, a block holds its input, i
 frames and its output: `TENSORS` tensors of the stage's size; in half precision the norm makes two more, as it computes
 in fp32. The finest stage's tensors are the largest. Beside them stand the inner stages' output, the frames that a
 stream keeps, and the result. Weights are not counted, nor is what a library uses inside one operation.
+
+In training each part is computed anew in the backward pass, which then holds what enters its blocks, the inside of one
+block with the gradients there, and the frames that all parts keep for those behind them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 
+import torch
 from torch import Tensor
 
 from fsae.errors import UserError
@@ -26,7 +31,13 @@ MAX_ELEMENTS = 2**31 - 1
 # Elements of an attention layer's inside, several times as wide as its input, that are made at once.
 INSIDE = 2**26
 
+# As much more where it is computed anew in the backward pass, since neighbours are computed with each part.
+RECOMPUTED = 4
+
 TENSORS, TENSORS_IN_HALF = 4, 6
+
+# Of a block's inside in the backward pass, its gradients among them.
+TENSORS_BACK = 9
 
 # Percent: for what is small and not counted.
 MARGIN = 110
@@ -65,9 +76,13 @@ class Window:
         bottom, right = min(self.bottom + halo, height), min(self.right + halo, width)
         return Window(top, left, bottom - top, right - left)
 
+    def moved(self, top: int, left: int) -> Window:
+        """So many cells further down and to the right."""
+        return Window(self.top + top, self.left + left, self.height, self.width)
+
     def inside(self, other: Window) -> Window:
         """This window as seen from the corner of `other`, which holds it."""
-        return Window(self.top - other.top, self.left - other.left, self.height, self.width)
+        return self.moved(-other.top, -other.left)
 
     @property
     def slices(self) -> tuple[slice, slice]:
@@ -93,6 +108,8 @@ def tiled(
     """
     if len(windows) == 1:
         return list(compute(0, windows[0]))
+    if torch.is_grad_enabled():
+        return _joined(windows, halo, height, width, compute)
     whole: list[Tensor] = []
     for index, window in enumerate(windows):
         wide = window.grown(halo, height, width)
@@ -106,6 +123,25 @@ def tiled(
     return whole
 
 
+def _joined(
+    windows: Sequence[Window],
+    halo: int,
+    height: int,
+    width: int,
+    compute: Callable[[int, Window], Sequence[Tensor]],
+) -> list[Tensor]:
+    """`tiled` with gradients, which writing in place would have to copy: rows of tiles put together, then the rows."""
+    rows: dict[int, list[list[Tensor]]] = {}
+    for index, window in enumerate(windows):
+        wide = window.grown(halo, height, width)
+        cores = [
+            window.inside(wide).scaled(part.shape[-1] // wide.width).crop(part).clone() for part in compute(index, wide)
+        ]
+        rows.setdefault(window.top, []).append(cores)
+    bands = [[torch.cat(tiles, dim=-1) for tiles in zip(*row, strict=True)] for row in rows.values()]
+    return [torch.cat(parts, dim=-2) for parts in zip(*bands, strict=True)]
+
+
 @dataclass(frozen=True)
 class OuterStages:
     """The convolutional stages of a stack as the plan sees them: sizes, no tensors.
@@ -117,6 +153,7 @@ class OuterStages:
         cell: pixels a cell of the inner stages is wide and high.
         halo: cells around a place that they look at.
         kept_frames: frames that a convolution keeps between chunks; 0 where the clip cannot be cut in time.
+        upward: whether they lead from coarse to fine: in training, a step up makes its input large before it convolves.
     """
 
     widths: tuple[int, ...]
@@ -125,6 +162,7 @@ class OuterStages:
     cell: int
     halo: int
     kept_frames: int
+    upward: bool = False
 
     @property
     def count(self) -> int:
@@ -218,15 +256,41 @@ def plan_tiles(stages: OuterStages, work: Workload, memory: int | None, what: st
             if memory is None or found.nbytes <= memory:
                 return found
             least = found.nbytes if least is None else min(found.nbytes, least)
+    raise _refusal(stages, work, memory, what, least)
+
+
+@cache
+def plan_recomputed(stages: OuterStages, work: Workload, memory: int | None, what: str) -> TilePlan:
+    """As `plan_tiles`, of a clip in training: of what fits, what computes the fewest cells, then in the fewest parts.
+
+    Tiles compute their halos; chunks compute nothing twice, but keep frames.
+    """
+    lengths = [work.latents or 1]
+    while stages.kept_frames and lengths[-1] > 1:
+        lengths.append(-(-lengths[-1] // 2))
+    grids = sorted(_grids(stages, work), key=lambda grid: (_computed(stages, work, grid), grid[0] * grid[1]))
+    least: int | None = None
+    for grid in grids:
+        for length in lengths:
+            found = foresee_recomputed(stages, work, length, grid)
+            if found.elements <= MAX_ELEMENTS:
+                if memory is None or found.nbytes <= memory:
+                    return found
+                least = found.nbytes if least is None else min(found.nbytes, least)
+    raise _refusal(stages, work, memory, what, least)
+
+
+def _refusal(stages: OuterStages, work: Workload, memory: int | None, what: str, least: int | None) -> UserError:
+    """What did not fit, and how much would do, if anything."""
     size = f"{work.width * stages.cell}x{work.height * stages.cell} pixels"
     if work.latents is not None:
         size += f" and {work.latents} latents"
     if least is None:
-        raise UserError(
+        return UserError(
             f"to {what} {work.batch} video(s) of {size} takes tensors of more than {MAX_ELEMENTS} elements; "
             f"{what} fewer at once, or shorter or smaller ones"
         )
-    raise UserError(
+    return UserError(
         f"memory is {memory} bytes, but to {what} {work.batch} video(s) of {size} takes at least {least}, "
         "in the smallest tiles; give that much, or a smaller video"
     )
@@ -238,11 +302,13 @@ def _grids(stages: OuterStages, work: Workload) -> Iterator[tuple[int, int]]:
     def counts(cells: int) -> list[int]:
         return sorted({-(-cells // side) for side in range(1, cells + 1)})
 
-    def computed(grid: tuple[int, int]) -> int:
-        return (work.height + 2 * stages.halo * (grid[0] - 1)) * (work.width + 2 * stages.halo * (grid[1] - 1))
-
     grids = [(rows, columns) for rows in counts(work.height) for columns in counts(work.width)]
-    yield from sorted(grids, key=lambda grid: (grid[0] * grid[1], computed(grid)))
+    yield from sorted(grids, key=lambda grid: (grid[0] * grid[1], _computed(stages, work, grid)))
+
+
+def _computed(stages: OuterStages, work: Workload, grid: tuple[int, int]) -> int:
+    """Cells of all tiles with their halos."""
+    return (work.height + 2 * stages.halo * (grid[0] - 1)) * (work.width + 2 * stages.halo * (grid[1] - 1))
 
 
 def foresee(stages: OuterStages, work: Workload, length: int, grid: tuple[int, int]) -> TilePlan:
@@ -270,6 +336,37 @@ def foresee(stages: OuterStages, work: Workload, length: int, grid: tuple[int, i
         latents=length,
         nbytes=work.element_size * (at_once * MARGIN // 100 + inner + kept + work.result),
         elements=max([*outer, inner, inside, work.result]),
+    )
+
+
+def foresee_recomputed(stages: OuterStages, work: Workload, length: int, grid: tuple[int, int]) -> TilePlan:
+    """As `foresee`, of a clip in training, its parts computed anew in the backward pass."""
+    latents = work.latents or length
+    begun = length < latents
+    tile = _side(work.height, grid[0], stages.halo) * _side(work.width, grid[1], stages.halo)
+    outer = [work.batch * n for n in stages.elements(length, begun, tile)]
+    enters = kept = 0
+    largest = list(outer)
+    for s, (width, convolutions) in enumerate(zip(stages.widths, stages.convolutions, strict=False)):
+        enters += (convolutions // 2 + 1) * outer[s]
+        more = max(stages.widths[s + 1] - width, 0) if stages.upward else 0
+        largest[s] += outer[s] * more // width
+        if begun:
+            places = work.batch * grid[0] * grid[1] * tile * (stages.cell >> s) ** 2
+            kept += -(-latents // length) * stages.kept_frames * (convolutions * width + more) * places
+    inner = stages.widths[-1] * work.batch * work.height * work.width * latents
+    at_once = enters + TENSORS_BACK * max(largest, default=0)
+    if stages.upward and stages.kept_frames == 1:
+        # Group-causal convolutions have each group with a neighbour on either side.
+        rates = (stages.compression.rate(s) for s in range(stages.count))
+        largest = [n * (rate + 2) // rate for n, rate in zip(largest, rates, strict=True)]
+    return TilePlan(
+        height=work.height,
+        width=work.width,
+        grid=grid,
+        latents=length,
+        nbytes=work.element_size * (at_once * MARGIN // 100 + kept + 2 * inner + 3 * work.result),
+        elements=max([*largest, inner, work.result]),
     )
 
 

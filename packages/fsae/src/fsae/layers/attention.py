@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fsae.layers.config import BlockStyle, Injection
 from fsae.layers.conv import POINT, Kernel, VideoConv3d
 from fsae.layers.norm import PixelNorm
-from fsae.tiling import Window, frames_at_once
+from fsae.layers.recomputed import Recomputed
+from fsae.tiling import RECOMPUTED, Window, frames_at_once
 
 # The starting value of the query and key biases of the first-frame attention.
 LOCAL_BIAS = 4.0
@@ -21,7 +22,7 @@ LOCAL_BIAS = 4.0
 THETA = 100.0
 
 
-class LiteMLA(nn.Module):
+class LiteMLA(Recomputed):
     """DC-AE's multi-scale linear attention, over h and w of each frame; x -> norm(attention(x)), no residual.
 
     Queries, keys and values are taken at two scales, each pixel and its 5x5 neighbourhood, as 2·C/d heads of d; a
@@ -49,10 +50,10 @@ class LiteMLA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`B C T H W` -> the same shape. Many frames are taken some at a time, which changes nothing."""
-        count = frames_at_once(x, 6)
+        count = frames_at_once(x, 6) * (RECOMPUTED if self.recomputes else 1)
         if x.shape[2] <= count:
             return self._attend(x)
-        return torch.cat([self._attend(part) for part in x.split(count, dim=2)], dim=2)
+        return torch.cat([self.run(self, part, call=self._attend) for part in x.split(count, dim=2)], dim=2)
 
     def _attend(self, x: Tensor) -> Tensor:
         batch, _, frames, height, width = x.shape

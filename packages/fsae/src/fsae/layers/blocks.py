@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +10,11 @@ from torch import Tensor, nn
 
 from fsae.layers.attention import LiteMLA
 from fsae.layers.config import BlockStyle
-from fsae.layers.conv import POINT, Kernel, VideoConv3d
+from fsae.layers.conv import POINT, Kernel, VideoConv3d, early
 from fsae.layers.norm import PixelNorm
+from fsae.layers.recomputed import Recomputed
 from fsae.streaming import FrameCache
-from fsae.tiling import frames_at_once
+from fsae.tiling import RECOMPUTED, frames_at_once
 
 
 class ResBlock(nn.Module):
@@ -41,7 +41,7 @@ class ResBlock(nn.Module):
         return _sum(branch, x)
 
 
-class GLUMBConv(nn.Module):
+class GLUMBConv(Recomputed):
     """Gated inverted bottleneck: C -> 8C, SiLU, depthwise 3x3x3, value · SiLU(gate), 4C -> C, norm. No residual.
 
     In the inner stages its depthwise kernel is the only one that looks across frames.
@@ -58,6 +58,8 @@ class GLUMBConv(nn.Module):
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         """`B C T H W` -> the same shape. Many frames go through as a stream, to hold few 8C-wide ones at once."""
         count = frames_at_once(x, 8)
+        if self.recomputes and cache is None and self.depth.group == 1:
+            return self._recomputed(x, RECOMPUTED * count)
         if x.shape[2] <= count:
             return self._rest(self.depth(self._wide(x), cache))
         if self.depth.time == "standard":
@@ -67,6 +69,20 @@ class GLUMBConv(nn.Module):
         first = whole if self.depth in stream else whole + 1
         parts = [x[:, :, :first], *x[:, :, first:].split(whole, dim=2)]
         return torch.cat([self._rest(self.depth(self._wide(part), stream)) for part in parts if part.shape[2]], dim=2)
+
+    def _recomputed(self, x: Tensor, count: int) -> Tensor:
+        """`count` frames at a time, with their neighbours of the narrow x, so that nothing wide is kept."""
+        if x.shape[2] <= count:
+            return self._rest(self.depth(self._wide(x)))
+        before, after = {"causal": (2, 0), "standard": (1, 1), "group_causal": (1, 0)}[self.depth.time]
+        line = torch.cat([*[x[:, :, :1]] * before, x, *[x[:, :, -1:]] * after], dim=2)
+        parts = [line[:, :, start : start + count + before + after] for start in range(0, x.shape[2], count)]
+        return torch.cat([self.run(self, part, call=self._between) for part in parts], dim=2)
+
+    def _between(self, line: Tensor) -> Tensor:
+        """Frames and their neighbours -> the frames; where groups are of one frame, the one behind is the same."""
+        weight = early(self.depth.weight, 2) if self.depth.time == "group_causal" else None
+        return self._rest(self.depth.convolve(self._wide(line), weight))
 
     def _with_neighbours(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
         """The non-causal form of a stream: each part between the last frame before it and the first behind it."""
@@ -105,23 +121,3 @@ def _sum(made: Tensor, other: Tensor) -> Tensor:
     if torch.is_grad_enabled() or torch.result_type(made, other) != made.dtype:
         return made + other
     return made.add_(other)
-
-
-class Stage(nn.Module):
-    """What the stages of both stacks share: how their layers are run.
-
-    Attributes:
-        gradient_checkpointing: whether the insides of layers are computed anew in the backward pass rather than kept;
-            `enable_gradient_checkpointing` of the model sets it.
-    """
-
-    gradient_checkpointing = False
-    _gradient_checkpointing_func: Callable[..., Tensor]
-
-    def run(self, layer: nn.Module, *inputs: Any, cache: FrameCache | None = None) -> Tensor:
-        """layer(*inputs, cache), checkpointed where that is asked for. A stream is not: its cache moves on."""
-        if cache is not None:
-            return cast(Tensor, layer(*inputs, cache=cache))
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(layer, *inputs)
-        return cast(Tensor, layer(*inputs))

@@ -51,10 +51,15 @@ class PatchConfig(Checked, part="patch"):
         cells: Side of a patch, in cells of 8 pixels; the outer stages run on it alone, and the loss is taken where it
             equals the whole frame: 7 cells less on each side that is not the frame's. 0 is whole frames.
         above: Frames of at most this many pixels are trained whole.
+        latents: Length of a patch, in latents: the outer stages run on so many, and the loss is taken where it equals
+            the whole clip's. A causal decoder's patch loses 25 latents behind a start that is not the clip's, so that a
+            shorter one is always the clip's beginning; the Lite one loses 13 there, the Standard one 13 at both ends.
+            0 is whole clips.
     """
 
     cells: Index = 0
     above: Index = 0
+    latents: Index = 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,9 @@ class AutoencoderConfig(ClipTrainingConfig):
         alignment: The Video VF loss.
         distillation: The decoder to imitate.
         patch: The patches that the decoder is trained on.
+        memory: With gradient_checkpointing, bytes that the outer stages of the encoder, and those of the decoder, may
+            take: where a clip takes more, they run in tiles and in chunks of time, which are computed anew in the
+            backward pass. Gradients are those of the whole. null is no limit.
         statistics_batches: Batches of training clips from which the latents' mean and deviation are measured
             in the end.
         channels_last: Keep convolutions in channels-last layout, about twice as fast.
@@ -129,6 +137,7 @@ class AutoencoderConfig(ClipTrainingConfig):
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
+    memory: Count | None = None
     statistics_batches: Count = 32
     channels_last: bool = True
 
@@ -142,5 +151,10 @@ class AutoencoderConfig(ClipTrainingConfig):
             )
         if self.alignment.adaptive > 0 and self.loop.sharding == "fsdp2":
             raise UserError("alignment.adaptive needs whole gradients; set loop.sharding to ddp, or adaptive to 0")
+        if self.memory is not None and not self.gradient_checkpointing:
+            raise UserError(
+                "memory bounds what is held while parts are computed anew; set gradient_checkpointing to true, or "
+                "memory to null"
+            )
         if self.distillation.teacher is not None and not self.freeze_encoder:
             raise UserError("a decoder is distilled on the teacher's own latents; set freeze_encoder to true")

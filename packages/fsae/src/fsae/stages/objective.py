@@ -39,7 +39,7 @@ class Reconstruction:
         latents: `B c t h w`, not normalised.
         first_frame: The first frame's features, where the decoder injects them.
         noise: What the decoder added.
-        patch: The part of the frame that the outer stages ran on; None is all of it.
+        patch: The part of the clip that the outer stages ran on; None is all of it.
         made: The video that was decoded, or its core in the patch.
         target: What `made` should be.
         features: By stage, what the decoder gave in the stages that `Objective.recorded_stages` names.
@@ -227,7 +227,8 @@ class Distillation:
         injected = seen.first_frame if self.teacher.config.first_frame_injection else None
         decoder = self.teacher.decoder
         with torch.no_grad(), recorded(decoder, self.stages) as features:
-            target = decode(decoder, seen.latents.detach(), injected, seen.noise, seen.patch)
+            latents = seen.latents.detach()
+            target = decode(decoder, latents, injected, seen.noise, seen.patch, in_parts=not self.stages)
         shown = {"distillation_pixels": l1_loss(seen.made, target)}
         loss = self.config.pixel_weight * shown["distillation_pixels"]
         if self.stages:
@@ -240,9 +241,9 @@ class Distillation:
         """Where outer stages ran on a patch, the part of their features that is the whole frame's."""
         if patch is None:
             return features
-        core, outer = patch.core.inside(patch.window), self.teacher.decoder.outer_stages
+        outer = self.teacher.decoder.outer_stages
         return {
-            s: core.scaled(outer.cell >> s).crop(feature) if s < len(outer.convolutions) else feature
+            s: patch.right(feature, outer.cell >> s, outer.compression.rate(s)) if s < outer.count else feature
             for s, feature in features.items()
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,11 +17,13 @@ from fsae.errors import UserError
 from fsae.evaluation.metrics import psnr
 from fsae.losses.distillation import recorded
 from fsae.model import FSAE
+from fsae.planned import PlannedEncoder
 from fsae.stages.config import AutoencoderConfig
 from fsae.stages.objective import Objective, Reconstruction
-from fsae.stages.patches import Patch, decode, draw_patch
+from fsae.stages.patches import Patch, decode, draw_patch, draw_span
 from fsae.stages.start import prepared_model
 from fsae.storage.checkpoint import save_state
+from fsae.tiling import Window
 from fsae.training.logs import frame_grid
 from fsae.training.loop import Task, train
 from fsae.training.runs import read_samples, report_end, save_parts
@@ -40,7 +42,12 @@ class AutoencoderTask(Task):
     """
 
     added_settings = MappingProxyType(
-        {"model.injection_sampling": False, "model.frame_matching": False, "model.shortcut": "dc-ae"}
+        {
+            "model.injection_sampling": False,
+            "model.frame_matching": False,
+            "model.shortcut": "dc-ae",
+            "patch.latents": 0,
+        }
     )
 
     def __init__(
@@ -60,6 +67,15 @@ class AutoencoderTask(Task):
             model.encoder.requires_grad_(False)
         self.config, self.model, self.validation = config, model, validation
         self.objective = Objective.from_config(config, model) if objective is None else objective
+        imitated = self.objective.distillation
+        decoders = [model.decoder] + ([imitated.teacher.decoder] if imitated else [])
+        before, behind = (max(sides) for sides in zip(*(decoder.reach for decoder in decoders), strict=True))
+        if 0 < config.patch.latents <= behind:
+            raise UserError(
+                f"patch.latents is {config.patch.latents}; a patch at the clip's start loses {behind} latents at its "
+                f"end, give more than {behind}, or 0 for whole clips"
+            )
+        self.reach = before, behind
         self.parts = self.objective.parts()
         self.modules = {"autoencoder": model} | {k: m for part in self.parts for k, m in part.trained.items()}
         self.frozen = {name: module for part in self.parts for name, module in part.frozen.items()}
@@ -112,9 +128,16 @@ class AutoencoderTask(Task):
         device = next(self.model.parameters()).device
         # One at a time: a validation must not need more memory than training does.
         clips = [clip.unsqueeze(0) for clip in self.validation]
-        results = [self.model(clip.to(device)).float().clamp(-1, 1).cpu() for clip in clips]
+        results = [self._result(clip.to(device)).float().clamp(-1, 1).cpu() for clip in clips]
         quality = torch.cat([psnr(result, clip) for result, clip in zip(results, clips, strict=True)])
         return {"psnr": quality.mean(), "reconstruction": frame_grid([self.validation, torch.cat(results)])}
+
+    def _result(self, clip: Tensor) -> Tensor:
+        """What a validation sees of a clip."""
+        memory = self.config.memory
+        if memory is None:
+            return self.model(clip)
+        return self.model.decode(self.model.encode(clip, memory), clip[:, :, :1], memory=memory)
 
     def _reconstruct(self, video: Tensor, generator: torch.Generator) -> Reconstruction:
         """Encode and decode; noise and patch are drawn here, in this order."""
@@ -123,29 +146,38 @@ class AutoencoderTask(Task):
         noise = decoder.draw_noise(height, width, generator)
         patch = self._draw_patch(video, generator)
         with recorded(decoder, self.objective.recorded_stages) as features:
-            made = decode(decoder, latents, first_frame, noise, patch)
-        target = video if patch is None else patch.core.scaled(decoder.outer_stages.cell).crop(video)
+            in_parts = not self.objective.recorded_stages
+            made = decode(decoder, latents, first_frame, noise, patch, self.config.memory, in_parts)
+        outer = decoder.outer_stages
+        target = video if patch is None else patch.target(video, outer.cell, outer.compression.time)
         return Reconstruction(video, latents, first_frame, noise, patch, made, target, features, self.step)
 
     def _encode(self, video: Tensor) -> tuple[Tensor, FirstFrame | None]:
         """Latents `B c t h w`, not normalised, and the first frame's features where they are injected."""
-        injected = self.model.config.first_frame_injection
+        injected, memory = self.model.config.first_frame_injection, self.config.memory
         if self.config.freeze_encoder:
             # Nothing of the clip's feature maps is held: the first frame is encoded once more, by itself.
             with torch.no_grad():
-                latents = self.model.denormalize(self.model.encode(video))
-                return latents, self.model.first_frame_features(video[:, :, :1]) if injected else None
+                latents = self.model.denormalize(self.model.encode(video, memory))
+                return latents, self.model.first_frame_features(video[:, :, :1], memory) if injected else None
         self.model.latent_shape(*video.shape[2:])
-        kept, latents = self.model.encoder.features(video)
-        return latents, [feature[:, :, 0] for feature in kept] if injected else None
+        first = self.model.first_injected_stage
+        encoder = PlannedEncoder.of_training(self.model.encoder, video, memory)
+        features, latents = encoder.features(video, first)
+        return latents, [None] * first + features if injected else None
 
     def _draw_patch(self, video: Tensor, generator: torch.Generator) -> Patch | None:
-        height, width = video.shape[3:]
-        if not self.config.patch.cells or height * width <= self.config.patch.above:
+        config, outer = self.config.patch, self.model.decoder.outer_stages
+        if video.shape[3] * video.shape[4] <= config.above:
             return None
-        outer = self.model.decoder.outer_stages
-        cell, halo = outer.cell, outer.halo
-        return draw_patch(height // cell, width // cell, self.config.patch.cells, halo, generator)
+        height, width = (side // outer.cell for side in video.shape[3:])
+        patch = draw_patch(height, width, config.cells, outer.halo, generator) if config.cells else None
+        latents = outer.compression.latents(video.shape[2])
+        spans = draw_span(latents, config.latents, self.reach, generator) if config.latents else None
+        if spans is None:
+            return patch
+        whole = Window(0, 0, height, width)
+        return replace(patch or Patch(whole, whole), span=spans[0], core_span=spans[1])
 
 
 @torch.no_grad()

@@ -134,6 +134,14 @@ def train(
     return _Run(task, dataset, config, collate or default_collate).go()
 
 
+def _widen(module: nn.Module) -> None:
+    """Half-precision weights, such as those of a model saved small, become fp32, in place: updates are smaller than
+    their steps."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor.data = tensor.data.float()
+
+
 class _Run:
     """One call of `train`."""
 
@@ -169,6 +177,8 @@ class _Run:
             "processes": data_processes,
             **({"opponent_optimizer": asdict(task.opponent_optimizer)} if task.opponents else {}),
         }
+        for module in [*task.modules.values(), *task.opponents.values()]:
+            _widen(module)
         for module in task.frozen.values():
             module.to(self.accelerator.device).eval()
         self._make_engines(sharding)

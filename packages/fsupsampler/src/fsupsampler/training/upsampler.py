@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from fsae import FSAE
 from fsae.errors import UserError
-from fsae.losses.perceptual import PerceptualLoss
+from fsae.losses.perceptual import PerceptualLoss, temporal_slices
 from fsae.losses.reconstruction import l1_loss
 from fsae.training.logs import frame_grid
 from fsae.training.loop import Task, train
@@ -21,6 +21,9 @@ from fsdit.training.data import CachedLatents, to_device_of
 from fsupsampler.training.config import UpsamplerConfig, UpsamplerLoss
 from fsupsampler.training.data import check_statistics, latent_pair, load_autoencoder, read_pairs
 from fsupsampler.upsampler import LatentUpsampler, nearest_upsample
+
+# Frames that LPIPS sees at a time: its value and gradient are those of the whole clip.
+SLICE = 4
 
 
 class UpsamplerTask(Task):
@@ -65,7 +68,7 @@ class UpsamplerTask(Task):
             terms["pixel_l1"] = l1_loss(decoded, batch["video"])
             total = total + self.weights.pixel * terms["pixel_l1"]
             if perceptual is not None:
-                terms["perceptual"] = perceptual(decoded, batch["video"])
+                terms["perceptual"] = temporal_slices(perceptual, decoded, batch["video"], SLICE)
                 total = total + self.weights.perceptual * terms["perceptual"]
         return {"loss": total, **terms}
 
