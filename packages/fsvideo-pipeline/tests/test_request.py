@@ -31,7 +31,7 @@ def finer(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder whose latents are 16 pixels wide and 2 frames long."""
     folder = Path(shutil.copytree(saved, tmp_path_factory.mktemp("models") / "finer"))
     depths = dict.fromkeys(("encoder_depths", "decoder_depths"), (1,) * 5)
-    autoencoder = FSAE.from_preset("tiny", widths=(8,) * 5, temporal_stages=1, **depths)
+    autoencoder = FSAE.from_preset("tiny", widths=(8,) * 5, temporal_stages=1, **depths, frame_matching=False)
     autoencoder.save_pretrained(folder / "autoencoder")
     return folder
 
