@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -329,8 +329,7 @@ def test_mistakes_get_a_sentence(given: list[str], sentence: str, capsys: pytest
 
 def tiny_autoencoder() -> FSAE:
     torch.manual_seed(0)
-    small = dict.fromkeys(("encoder_depths", "decoder_depths"), (1,) * 7)
-    return FSAE(widths=(8,) * 7, latent_channels=8, injection_head_dim=8, attention_head_dim=8, **small).eval()
+    return FSAE.from_preset("tiny").eval()
 
 
 @pytest.mark.slow
@@ -360,7 +359,7 @@ def test_a_clip_that_comes_back_whole_has_the_clips_own_figures() -> None:
 def test_finished_videos_give_every_figure(tmp_path: Path) -> None:
     """The packaged model, at fewer frames and steps."""
     pipeline = FSVideoPipeline.from_pretrained(packaged_model())
-    pipeline.register_to_config(settings=replace(pipeline.settings, frames=5, steps=2, refiner_steps=1).to_dict())
+    pipeline.register_to_config(settings=asdict(replace(pipeline.settings, frames=5, steps=2, refiner_steps=1)))
     photographs = leaves(3, (300, 300))
     found = measure_generation(pipeline, photographs, 2, tmp_path)
     found.add(measure_sizes(pipeline, photographs, 1, tmp_path))

@@ -30,6 +30,7 @@ from velocity import CODE_CHANNELS, between, centres, motion_code, velocity
 
 from fsae import FSAE
 from fsae.data.order import Cut
+from fsae.layers.config import BlockStyle
 from fsae.layers.motion import VELOCITY_UNIT, MotionField
 from fsae.storage.files import read_json
 from fsae.weights.inflation import inflate
@@ -70,7 +71,7 @@ def test_the_maps_between_frames_lead_content_to_itself(motion: Motion) -> None:
 @pytest.mark.parametrize("motion", MOTIONS)
 def test_the_true_velocities_add_up_to_where_the_camera_says_things_were(motion: Motion) -> None:
     path = camera_path(motion, 9, (128, 128))[None]
-    field = MotionField(1, 1, frames=4, cell=8, eps=1e-5, norm_affine=False)
+    field = MotionField(1, 1, frames=4, cell=8, style=BlockStyle(norm_affine=False))
     made = field.added_up(velocity(path, (128, 128), (16, 16)))[0, -2:, -1]
     maps = path[0, -1]
     at = centres(16, 128)

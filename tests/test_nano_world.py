@@ -316,7 +316,7 @@ def all_said(motion: Motion | Combined, language: str, held_out: bool = False) -
 def test_captions_say_the_motion(kind: str, held_out: bool) -> None:
     rng = np.random.default_rng(0)
     said = [
-        caption(rng, kind, direction, held_out=held_out, sprite=sprite, language="en")
+        caption(rng, usual_motion(kind, direction), held_out=held_out, sprite=sprite, language="en")
         for direction in (1, -1)
         for sprite in (None, "a purple square moves right")
         for _ in range(100)
@@ -392,8 +392,10 @@ def test_a_caption_of_a_kind_alone_is_at_its_usual_speed() -> None:
         for direction in (1, -1):
             motion = usual_motion(kind, direction)
             assert (motion.kind, motion.speed) == (kind, "usual")
-            by_kind = caption(np.random.default_rng(4), kind, direction)
+            by_kind = caption(np.random.default_rng(4), motion)
             assert by_kind == caption(np.random.default_rng(4), turned(motion, direction))
+            if direction == 1:
+                assert by_kind == caption(np.random.default_rng(4), kind)
 
 
 def test_a_roll_names_the_way_the_camera_turns() -> None:

@@ -30,7 +30,7 @@ from fsdit import FSDiT
 from fsdit.conditioning import Condition, Context, first_frame_condition, model_input
 from fsdit.flow.path import TIMESTEPS, FlowSchedule
 from fsdit.flow.sampling import denoise
-from fsdit.wan.convert import from_wan
+from fsdit.wan.convert import WanImport, from_wan
 
 TEXT, IMAGE = 512, 257  # tokens
 SHIFT, GUIDANCE = 5.0, 5.0
@@ -62,8 +62,8 @@ def contestants(dim: int, layers: int) -> tuple[WanTransformer3DModel, FSDiT, FS
     """diffusers' model, and ours of the same weights without and with Layer Memory."""
     wan = build_wan(dim, layers)
     state = dict(wan.state_dict())
-    plain, _ = from_wan(state, latents="wan", layer_memory=False, num_heads=dim // 64)
-    memory, _ = from_wan(state, latents="wan", memory_bias=1.0, num_heads=dim // 64)
+    plain, _ = from_wan(state, WanImport(latents="wan", layer_memory=False, num_heads=dim // 64))
+    memory, _ = from_wan(state, WanImport(latents="wan", memory_bias=1.0, num_heads=dim // 64))
     return wan, plain.eval(), memory.eval()
 
 

@@ -137,7 +137,7 @@ class VelocityTask(FlowMatchingTask):
     def __init__(self, transformer: FSDiT) -> None:
         loop = LoopConfig(output_dir=str(BUILD))
         config = FlowMatchingConfig("the nano world", loop, autoencoder="none", encoders=str(ENCODERS), flow=FLOW)
-        super().__init__(transformer, None, None, config)
+        super().__init__(transformer, None, config)
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Pseudo-Huber loss of the velocity and its mean square error."""

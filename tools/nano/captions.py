@@ -2,7 +2,7 @@
 
     caption(rng, motion)                        # "a slow pan to the left"
     caption(rng, motion, language="de")         # "die Kamera schwenkt langsam nach links"
-    caption(rng, "zoom in + roll", -1)          # a kind by name: its usual speed
+    caption(rng, "zoom in + roll")              # a kind by name: its usual speed
 
 The wordings themselves are in `wordings`, one file a language. A slow or fast motion is always called so; no word of
 speed means the usual one.
@@ -127,7 +127,6 @@ def _tidy(sentence: str) -> str:
 def caption(
     rng: np.random.Generator,
     motion: Motion | Combined | str,
-    direction: int = 1,
     *,
     held_out: bool = False,
     sprite: str | None = None,
@@ -137,8 +136,7 @@ def caption(
 
     Args:
         rng: where the words are drawn from.
-        motion: what it does; or a kind, at its usual speed and with the roll's `direction`.
-        direction: see above.
+        motion: what it does; or a kind, at its usual speed.
         held_out: use the wordings that training never sees; of either sort of wordings a quarter is not English.
         sprite: what else moves, in English ("a red ball moves left"); it is said in the caption's language.
         language: a key of `LANGUAGES`; None draws one.
@@ -146,15 +144,20 @@ def caption(
     One in three has a neutral opening, and case, final full stop and small slips vary, as people's prompts do.
     """
     if isinstance(motion, str):
-        motion = usual_motion(motion, direction)
+        motion = usual_motion(motion)
     if language is None:
         language = str(rng.choice(list(LANGUAGE_SHARES), p=list(LANGUAGE_SHARES.values())))
+    spoken = LANGUAGES[language]
     while True:
         text = _sentence(rng, motion, language, held_out)
         if sprite:
-            text = _with_sprite(rng, text, sprite, motion, language, held_out)
+            if motion.kind == "still":  # "nothing moves" would be untrue beside a moving sprite
+                wordings = (spoken.held_out if held_out else spoken.wordings)["still camera"]
+                text = wordings[int(rng.integers(len(wordings)))]
+            clauses = [text, sprite_clause(sprite, language)]
+            text = spoken.comma.join(clauses if rng.random() < 0.5 else clauses[::-1])
         if _length(text) <= LONGEST:
-            return _as_typed(rng, text, LANGUAGES[language])
+            return _as_typed(rng, text, spoken)
 
 
 def _length(text: str) -> int:
@@ -174,18 +177,6 @@ def sprite_clause(sprite: str, language: str = "en") -> str:
     """What is said of a sprite: "a red ball moves left" in another language."""
     _, colour, shape, _, way = sprite.split()
     return fill(LANGUAGES[language].sprites[shape], (frozenset({colour, way}),), language)
-
-
-def _with_sprite(
-    rng: np.random.Generator, text: str, sprite: str, motion: Motion | Combined, language: str, held_out: bool
-) -> str:
-    spoken = LANGUAGES[language]
-    if motion.kind == "still":
-        # "nothing moves" would be untrue beside a moving sprite.
-        wordings = (spoken.held_out if held_out else spoken.wordings)["still camera"]
-        text = wordings[int(rng.integers(len(wordings)))]
-    clauses = [text, sprite_clause(sprite, language)]
-    return spoken.comma.join(clauses if rng.random() < 0.5 else clauses[::-1])
 
 
 def _as_typed(rng: np.random.Generator, text: str, language: Language) -> str:

@@ -61,7 +61,7 @@ from measure_motion import (
     refine,
     shuffled_agreement,
 )
-from motion import MOTIONS, MOVING
+from motion import MOTIONS, MOVING, usual_motion
 from PIL import Image
 from sheets import Shown, case_sheet, overview, write_png
 from tqdm import tqdm
@@ -129,7 +129,7 @@ def make_cases(photographs: Sequence[torch.Tensor], count: int, size: tuple[int,
         rng = np.random.default_rng((7, world, index))
         asked = MOTIONS[index % len(MOTIONS)]
         language = language_of(index)
-        prompt = caption(rng, asked, 1 if rng.random() < 0.5 else -1, held_out=True, language=language)
+        prompt = caption(rng, usual_motion(asked, 1 if rng.random() < 0.5 else -1), held_out=True, language=language)
         # Neighbours in the bank are of one package; a stride without a common factor visits them all.
         chosen = (7 * index + 11 * world) % len(photographs)
         cases.append(Case(index, chosen, cropped(photographs[chosen], size), asked, language, prompt))

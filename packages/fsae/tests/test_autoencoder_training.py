@@ -32,17 +32,10 @@ from fsae.training.config import LoopConfig, OptimizerConfig
 from fsae.training.logs import frame_grid
 from fsae.training.runs import report_end, report_saved, save_parts
 
-SIZES: dict[str, Any] = {
-    "widths": (8,) * 7,
-    "latent_channels": 8,
-    "attention_head_dim": 8,
-    "injection_head_dim": 8,
-}
-
 
 def tiny() -> FSAE:
     torch.manual_seed(0)
-    return FSAE.from_preset("nano", **SIZES)
+    return FSAE.from_preset("tiny")
 
 
 class Colours(torch.utils.data.Dataset[dict[str, Any]]):
@@ -72,11 +65,6 @@ def configuration(folder: Path, data: Path, **changes: Any) -> AutoencoderConfig
     )
 
 
-@pytest.fixture
-def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FSAE.presets, "tiny", FSAE.presets["nano"] | SIZES)
-
-
 def test_the_loss_is_l1_plus_weighted_lpips(tmp_path: Path, lpips_state: dict[str, Tensor]) -> None:
     model, perceptual = tiny(), PerceptualLoss(lpips_state)
     video = torch.stack([Colours()[i]["video"] for i in range(2)])
@@ -96,7 +84,7 @@ def test_the_loss_is_l1_plus_weighted_lpips(tmp_path: Path, lpips_state: dict[st
     assert "perceptual" not in plain
 
 
-def test_it_learns(tmp_path: Path, tiny_preset: None) -> None:
+def test_it_learns(tmp_path: Path) -> None:
     """L1 of the saved model; the best answer without a look at the picture has 0.8. The control stays at its start."""
     video = torch.stack([Colours()[i]["video"] for i in range(4)])
 
@@ -126,7 +114,7 @@ def test_latent_statistics(batches: int) -> None:
     np.testing.assert_allclose(std, latents.std((0, 2, 3, 4)), rtol=1e-3, atol=1e-5)
 
 
-def test_what_is_saved_encodes_to_normalised_latents(tmp_path: Path, tiny_preset: None) -> None:
+def test_what_is_saved_encodes_to_normalised_latents(tmp_path: Path) -> None:
     folder = train_autoencoder(configuration(tmp_path, tmp_path, model="tiny"), Colours())
     assert folder is not None
     model = FSAE.from_pretrained(folder)
@@ -138,7 +126,7 @@ def test_what_is_saved_encodes_to_normalised_latents(tmp_path: Path, tiny_preset
 
 
 def test_options_reach_their_consumers(
-    tmp_path: Path, tiny_preset: None, monkeypatch: pytest.MonkeyPatch, lpips_state: dict[str, Tensor]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lpips_state: dict[str, Tensor]
 ) -> None:
     for name in ("data", "held_out"):
         (tmp_path / name).mkdir()
@@ -179,7 +167,7 @@ def test_options_reach_their_consumers(
     assert all(p.is_contiguous(memory_format=torch.channels_last_3d) for p in kernels)
 
 
-def test_validation_and_statistics_options(tmp_path: Path, tiny_preset: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_and_statistics_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     measure = autoencoder.measure_latent_statistics
     monkeypatch.setattr(
@@ -194,7 +182,7 @@ def test_validation_and_statistics_options(tmp_path: Path, tiny_preset: None, mo
     assert picture.size == (64 * 3, 64 * 2)
 
 
-def test_a_saved_model_is_trained_further(tmp_path: Path, tiny_preset: None) -> None:
+def test_a_saved_model_is_trained_further(tmp_path: Path) -> None:
     folder = train_autoencoder(configuration(tmp_path / "a", tmp_path, model="tiny"), Colours())
     start = FSAE.from_pretrained(folder).state_dict()
     tiny_steps = {"optimizer": OptimizerConfig(learning_rate=1e-9), "channels_last": False}
@@ -213,7 +201,7 @@ def test_a_saved_model_is_trained_further(tmp_path: Path, tiny_preset: None) -> 
         ({"perceptual_weights": ["none.pth"]}, "none.pth does not exist"),
     ],
 )
-def test_wrong_settings_are_refused(tmp_path: Path, tiny_preset: None, changes: dict[str, Any], sentence: str) -> None:
+def test_wrong_settings_are_refused(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         train_autoencoder(configuration(tmp_path / "run", tmp_path, **{"model": "tiny", **changes}), Colours())
     assert not (tmp_path / "run").exists()

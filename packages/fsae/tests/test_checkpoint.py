@@ -325,8 +325,7 @@ def test_loading_keeps_the_modules_dtype(tmp_path: Path) -> None:
 
 
 def test_a_pipeline_of_diffusers_saves_and_loads_our_models(tmp_path: Path) -> None:
-    sizes = {"widths": (8,) * 7, "latent_channels": 8, "attention_head_dim": 8, "injection_head_dim": 8}
-    model = FSAE.from_preset("nano", **sizes)
+    model = FSAE.from_preset("tiny")
     ToyPipeline(model).save_pretrained(tmp_path)
     loaded = ToyPipeline.from_pretrained(tmp_path).autoencoder
     assert isinstance(loaded, FSAE)

@@ -34,8 +34,7 @@ from fsae.transcoding.latents import SavedLatents, load_latents, save_latents
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"widths": (8,) * 7, "latent_channels": 8, "attention_head_dim": 8}
-    FSAE.from_preset("nano", **sizes, injection_head_dim=8).save_pretrained(folder)
+    FSAE.from_preset("tiny").save_pretrained(folder)
     return folder
 
 
@@ -224,8 +223,7 @@ def test_decode_refuses_what_does_not_belong_to_the_model(
 ) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "in.png")
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"widths": (8,) * 7, "latent_channels": 8, "attention_head_dim": 8}
-    other = FSAE.from_preset("nano", **sizes, first_frame_injection=False, decoder_kind="lite")
+    other = FSAE.from_preset("tiny", first_frame_injection=False, decoder_kind="lite")
     encoder = FSAE.from_pretrained(model).encoder.state_dict()
     other.save_pretrained(tmp_path / "stranger")
     other.encoder.load_state_dict(encoder)
@@ -392,8 +390,6 @@ def test_bad_input_ends_in_a_sentence_and_leaves_nothing(
 
 
 def test_train_then_encode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"widths": (8,) * 7, "latent_channels": 8, "attention_head_dim": 8, "injection_head_dim": 8}
-    monkeypatch.setitem(FSAE.presets, "tiny", FSAE.presets["nano"] | sizes)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 90, 3), np.uint8)).save(tmp_path / "in.png")
     size = ["--frames", "1", "--height", "64", "--width", "64"]
     loop = [

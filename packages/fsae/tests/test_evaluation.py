@@ -38,10 +38,7 @@ TINY: dict[str, Any] = {
     "widths": (8,) * 3,
     "encoder_depths": (1,) * 3,
     "decoder_depths": (1,) * 3,
-    "latent_channels": 8,
     "residual_stages": 2,
-    "attention_head_dim": 8,
-    "injection_head_dim": 8,
 }
 SIZE: dict[str, Any] = {"frames": 5, "height": 16, "width": 20}
 
@@ -49,7 +46,7 @@ SIZE: dict[str, Any] = {"frames": 5, "height": 16, "width": 20}
 @pytest.fixture(scope="module")
 def model() -> FSAE:
     torch.manual_seed(0)
-    model = FSAE.from_preset("nano", **TINY).eval()
+    model = FSAE.from_preset("tiny", **TINY).eval()
     with torch.no_grad():
         for name, parameter in model.decoder.named_parameters():
             if ".injection." in name:  # which starts as nothing

@@ -206,8 +206,7 @@ def test_a_single_precision_cpu_convolution_is_the_librarys() -> None:
 def test_what_stages_and_blocks_give_is_not_overwritten_later(kind: Any) -> None:
     """Hooks keep it: distillation looks at a teacher's stages, others at blocks."""
     torch.manual_seed(0)
-    sizes = {"widths": (8,) * 7, "latent_channels": 8, "attention_head_dim": 8, "injection_head_dim": 8}
-    model = FSAE.from_preset("nano", decoder_kind=kind, **sizes).eval()
+    model = FSAE.from_preset("tiny", decoder_kind=kind).eval()
     seen: list[tuple[Tensor, Tensor]] = []
     for stage in model.decoder.stages:
         for layer in (stage, *stage.blocks):

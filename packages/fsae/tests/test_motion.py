@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fsae import FSAE
 from fsae.errors import UserError
+from fsae.layers.config import BlockStyle
 from fsae.layers.motion import VELOCITY_UNIT, FirstFrameSampling, MotionField, at_rate, inside, places_of, sample
 from fsae.streaming import FrameCache
 from fsae.tiling import Window
@@ -21,7 +22,7 @@ CELL = 8
 
 
 def field(frames: int = 4) -> MotionField:
-    return MotionField(3, 4, frames=frames, cell=CELL, eps=1e-5, norm_affine=False).double()
+    return MotionField(3, 4, frames=frames, cell=CELL, style=BlockStyle(norm_affine=False)).double()
 
 
 def affine(matrix: Tensor, size: int) -> Tensor:
@@ -139,10 +140,9 @@ def test_a_fresh_layer_is_the_identity_and_an_open_one_shows_frame_0_moved() -> 
 
 
 def opened(kind: str, **options: Any) -> FSAE:
-    """A nano model in which every path is open and things move by tens of pixels."""
+    """A tiny model in which every path is open and things move by tens of pixels."""
     torch.manual_seed(0)
-    small = {"widths": (8,) * 7, "latent_channels": 8, "attention_head_dim": 8, "injection_head_dim": 8}
-    model = FSAE.from_preset("nano", decoder_kind=kind, **small, **options).double().eval()
+    model = FSAE.from_preset("tiny", decoder_kind=kind, **options).double().eval()
     start_small(model)
     with torch.no_grad():
         for parameter in model.decoder.parameters():

@@ -14,18 +14,11 @@ from fsae.model import FSAE
 from fsae.stages.patches import Patch, Span, decode, draw_patch, draw_span, exact_core
 from fsae.tiling import Window
 
-SIZES: dict[str, Any] = {
-    "widths": (8, 8, 8, 8, 8, 8, 8),
-    "latent_channels": 8,
-    "attention_head_dim": 8,
-    "injection_head_dim": 8,
-}
-
 
 def tiny(**options: Any) -> FSAE:
     """With every path open: injection, offsets, noise."""
     torch.manual_seed(0)
-    model = FSAE.from_preset("nano", **{**SIZES, "noise": 0.05, **options})
+    model = FSAE.from_preset("tiny", **{"noise": 0.05, **options})
     for module in model.modules():
         if isinstance(module, FirstFrameAttention):
             torch.nn.init.normal_(module.to_out.weight, std=0.3)

@@ -54,16 +54,15 @@ def encode(
     codec: str = "libx264",
     options: dict[str, str] | None = None,
     milliseconds: Sequence[int] | None = None,
-    pixels: str = "yuv420p",
 ) -> Path:
     """Write frames at RATE a second, or each at its time."""
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=RATE, options=options or {})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pixels
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         if milliseconds is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         for i, array in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24").reformat(format=pixels)
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24").reformat(format="yuv420p")
             frame.pts = i if milliseconds is None else milliseconds[i]
             frame.time_base = Fraction(1, RATE) if milliseconds is None else Fraction(1, 1000)
             container.mux(stream.encode(frame))

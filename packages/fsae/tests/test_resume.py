@@ -65,8 +65,7 @@ class Restless(AutoencoderTask):
 
 def tiny_fsae() -> FSAE:
     torch.manual_seed(0)
-    sizes = {"widths": (8,) * 7, "latent_channels": 8, "attention_head_dim": 8, "injection_head_dim": 8}
-    return FSAE.from_preset("nano", noise=0.05, **sizes).to(memory_format=torch.channels_last_3d)
+    return FSAE.from_preset("tiny", noise=0.05).to(memory_format=torch.channels_last_3d)
 
 
 def run(folder: Path, kill_at: int | None = None) -> None:
@@ -153,10 +152,9 @@ if __name__ == "__main__":
 
 def test_a_run_of_before_an_option_existed_goes_on_without_it_and_not_with_it(tmp_path: Path) -> None:
     """Its checkpoint does not name the options of the model that were added since."""
-    sizes = {"widths": (8,) * 7, "latent_channels": 8, "attention_head_dim": 8, "injection_head_dim": 8}
 
     def steps(count: int, **options: Any) -> None:
-        model = FSAE.from_preset("nano", **sizes, injection_sampling=False, **options)
+        model = FSAE.from_preset("tiny", injection_sampling=False, **options)
         loop = LoopConfig(str(tmp_path), max_steps=count, tensorboard=False, save_every=1)
         train(AutoencoderTask(AutoencoderConfig("none", loop), model), Noise(), loop)
 

@@ -50,14 +50,8 @@ def test_pixels_that_fit_no_latents(height: int, width: int) -> None:
 @torch.no_grad()
 def test_cells_and_rates_are_those_of_the_stages() -> None:
     """Against the features of a real encoder."""
-    model = FSAE(
-        widths=(4, 4, 4, 8),
-        encoder_depths=(1,) * 4,
-        decoder_depths=(1,) * 4,
-        latent_channels=8,
-        attention_head_dim=4,
-        injection_head_dim=4,
-    ).eval()
+    depths = dict.fromkeys(("encoder_depths", "decoder_depths"), (1,) * 4)
+    model = FSAE.from_preset("tiny", widths=(8,) * 4, **depths, frame_matching=False).eval()
     features, latents = model.encoder.features(torch.zeros(1, 3, 9, 32, 64))
     assert model.latent_shape(9, 32, 64) == latents.shape[1:]
     compression = model.compression

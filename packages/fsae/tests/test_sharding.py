@@ -108,8 +108,7 @@ class Clips(torch.utils.data.Dataset[dict[str, Any]]):
 
 def tiny_fsae() -> FSAE:
     torch.manual_seed(0)
-    sizes = {"widths": (8,) * 7, "latent_channels": 8, "attention_head_dim": 8, "injection_head_dim": 8}
-    return FSAE.from_preset("nano", noise=0.0, **sizes).to(memory_format=torch.channels_last_3d)
+    return FSAE.from_preset("tiny").to(memory_format=torch.channels_last_3d)
 
 
 def config(folder: Path, batch_size: int, steps: int, **changes: Any) -> LoopConfig:

@@ -36,12 +36,6 @@ from fsae.stages.task import AutoencoderTask, train_autoencoder
 from fsae.training.config import LoopConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SIZES: dict[str, Any] = {
-    "widths": (8, 8, 8, 8, 8, 8, 8),
-    "latent_channels": 8,
-    "attention_head_dim": 8,
-    "injection_head_dim": 8,
-}
 
 
 class Clips(torch.utils.data.Dataset[dict[str, Any]]):
@@ -59,11 +53,6 @@ def one_step(folder: Path, **changes: Any) -> LoopConfig:
     return LoopConfig(str(folder), **{"max_steps": 1, "ema_decay": 0.0, "tensorboard": False, **changes})
 
 
-@pytest.fixture
-def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FSAE.presets, "tiny", FSAE.presets["nano"] | SIZES)
-
-
 def configuration(folder: Path, **changes: Any) -> AutoencoderConfig:
     clips = ClipsConfig(
         **{
@@ -77,7 +66,7 @@ def configuration(folder: Path, **changes: Any) -> AutoencoderConfig:
 
 
 def test_presets_take_options_and_saved_models_conversions(
-    tmp_path: Path, tiny_preset: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     causal = prepared_model(
         configuration(tmp_path, model_options={"decoder_kind": "causal", "first_frame_injection": False})
@@ -119,7 +108,7 @@ def test_presets_take_options_and_saved_models_conversions(
         )
 
 
-def test_a_configuration_becomes_a_task(tmp_path: Path, tiny_preset: None, lpips_state: dict[str, Tensor]) -> None:
+def test_a_configuration_becomes_a_task(tmp_path: Path, lpips_state: dict[str, Tensor]) -> None:
     save_file(lpips_state, tmp_path / "lpips.safetensors")
     torch.manual_seed(0)
     weights = Adversary(AdversarialConfig(weight=1, width=2, scales=1)).discriminator.state_dict()
@@ -188,7 +177,7 @@ def test_parts_refuse_what_cannot_be(make: Any, sentence: str) -> None:
         make()
 
 
-def test_a_frozen_encoders_statistics_are_kept(tmp_path: Path, tiny_preset: None) -> None:
+def test_a_frozen_encoders_statistics_are_kept(tmp_path: Path) -> None:
     model = prepared_model(configuration(tmp_path))
     model.register_to_config(latents_mean=[0.5] * 8, latents_std=[3.0] * 8)
     model.save_pretrained(tmp_path / "model")
@@ -217,7 +206,7 @@ def films(folder: Path, *sizes: tuple[int, int, int]) -> Path:
     return folder
 
 
-def test_buckets_reach_the_loop(tmp_path: Path, tiny_preset: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buckets_reach_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
     def stop_here(*arguments: Any) -> None:
@@ -307,7 +296,7 @@ def test_the_nano_files_run_one_after_the_other(
                 "width": 128 if large else 64,
             }
         if stage == "stage1":
-            settings["model_options"] |= {k: list(v) if isinstance(v, tuple) else v for k, v in SIZES.items()}
+            settings["model"] = "tiny"
         if stage == "stage2":
             settings["adversarial"]["start"] = 1
         if stage == "stage3":

@@ -33,18 +33,11 @@ from fsae.training.config import LoopConfig, OptimizerConfig
 from fsae.training.loop import train
 from fsae.weights.variants import to_lite, to_standard
 
-SIZES: dict[str, Any] = {
-    "widths": (8, 8, 8, 8, 8, 8, 8),
-    "latent_channels": 8,
-    "attention_head_dim": 8,
-    "injection_head_dim": 8,
-}
-
 
 def tiny(**options: Any) -> FSAE:
     """With every path open: injection, offsets, noise."""
     torch.manual_seed(0)
-    model = FSAE.from_preset("nano", **{**SIZES, "noise": 0.05, **options})
+    model = FSAE.from_preset("tiny", **{"noise": 0.05, **options})
     for module in model.modules():
         if isinstance(module, FirstFrameAttention):
             torch.nn.init.normal_(module.to_out.weight, std=0.3)
@@ -324,7 +317,7 @@ def test_lite_learns_from_its_teacher_and_not_to_be_like_another(tmp_path: Path)
     standard = tiny(**attending)
     lite, video = lite_of(standard), clip(1)
     torch.manual_seed(5)
-    other = FSAE.from_preset("nano", **{**SIZES, **attending})
+    other = FSAE.from_preset("tiny", **attending)
     objective = Objective(distillation=Distillation(lite, standard, DistillationConfig("standard", 1.0, 1.0)))
     task = AutoencoderTask(settings(freeze_encoder=True), lite, objective)
 

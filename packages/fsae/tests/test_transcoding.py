@@ -28,14 +28,11 @@ from fsae.transcoding.segments import join_videos
 from fsae.transcoding.transcode import decode_file, encode_file, stream_reach
 
 # Few convolutions over time, so that a reach is a few latents and a clip of a hundred frames is many of it.
-TINY: dict[str, Any] = {
+FEW_STAGES: dict[str, Any] = {
     "widths": (8,) * 3,
     "encoder_depths": (1,) * 3,
     "decoder_depths": (1,) * 3,
-    "latent_channels": 8,
     "residual_stages": 2,
-    "attention_head_dim": 8,
-    "injection_head_dim": 8,
     "noise": 0.05,
 }
 FRAMES = 110  # 28 latents
@@ -43,7 +40,7 @@ FRAMES = 110  # 28 latents
 
 def tiny(kind: str, **options: Any) -> FSAE:
     torch.manual_seed(0)
-    model = FSAE.from_preset("nano", **(TINY | {"decoder_kind": kind} | options)).eval()
+    model = FSAE.from_preset("tiny", **(FEW_STAGES | {"decoder_kind": kind} | options)).eval()
     with torch.no_grad():
         for name, parameter in model.decoder.named_parameters():
             if ".injection." in name:  # which starts as nothing

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from skimage import data
-from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from fsae import FSAE
 from fsae.data.config import ClipsConfig, Sampling
@@ -19,6 +19,7 @@ from fsae.data.video import write_video
 from fsae.stages.task import measure_latent_statistics
 from fsdit import FSDiT
 from fsdit.conditioning import nano_tokenizer
+from fsdit.conditioning.nano import new_image_encoder, new_text_encoder
 from fsdit.preparation.cache import make_cache
 from fsdit.preparation.config import CacheConfig
 
@@ -50,39 +51,17 @@ def parts(films: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of saved parts that fit each other: autoencoder, encoders, transformer; all weights random."""
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
-    autoencoder = FSAE(
-        widths=(8, 8, 16, 16, 16, 16, 16),
-        encoder_depths=(1,) * 7,
-        decoder_depths=(1,) * 7,
-        latent_channels=4,
-        attention_head_dim=8,
-        injection_head_dim=8,
-    ).eval()
+    encoder: dict[str, Any] = {"widths": (8, 8, *(16,) * 5), "latent_channels": 4, "shortcut": "dc-ae"}
+    autoencoder = FSAE.from_preset("tiny", **encoder, frame_matching=False).eval()
     mean, std = measure_latent_statistics(
         autoencoder, VideoFolder(films / "clips.jsonl", Sampling(5, size=(64, 64))), 12
     )
     autoencoder.register_to_config(latents_mean=mean, latents_std=std)
     autoencoder.save_pretrained(folder / "autoencoder")
-    text = UMT5Config(
-        vocab_size=384, d_model=32, d_kv=16, num_heads=2, num_layers=1, d_ff=32, feed_forward_proj="gated-gelu"
-    )
-    UMT5EncoderModel(text).save_pretrained(folder / "encoders" / "text_encoder")
+    new_text_encoder("tiny").save_pretrained(folder / "encoders" / "text_encoder")
     nano_tokenizer().save_pretrained(folder / "encoders" / "tokenizer")
-    image = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    CLIPVisionModel(image).save_pretrained(folder / "encoders" / "image_encoder")
-    model = FSDiT(
-        dim=64,
-        ffn_dim=128,
-        num_heads=2,
-        num_layers=2,
-        freq_dim=64,
-        text_dim=32,
-        text_len=32,
-        image_dim=16,
-        latent_channels=4,
-    )
+    new_image_encoder("tiny").save_pretrained(folder / "encoders" / "image_encoder")
+    model = FSDiT.from_preset("tiny", num_layers=2, text_len=32, latent_channels=4)
     model.save_pretrained(folder / "transformer")
     return folder
 

@@ -138,13 +138,12 @@ class Layers(torch.nn.Module):
         return {"out": out.detach()} | {name: p.grad.clone() for name, p in self.named_parameters()}
 
 
-@pytest.mark.parametrize("batch, tokens, dim, gate", [(1, 1, 8, True), (2, 9, 136, False), (3, 3, 48, True)])
+@pytest.mark.parametrize("shape, gate", [((1, 1, 8), True), ((2, 9, 136), False), ((3, 3, 48), True)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])  # cut off, see above
-def test_gradients_equal_float64(
-    dtype: torch.dtype, tolerance: float, batch: int, tokens: int, dim: int, gate: bool
-) -> None:
+def test_gradients_equal_float64(dtype: torch.dtype, tolerance: float, shape: tuple[int, int, int], gate: bool) -> None:
+    """Tokens of the shape `B N D`."""
     torch.manual_seed(0)
-    layers = Layers(batch, tokens, dim, gate)
+    layers = Layers(*shape, gate)
     found = layers.results(kernels, dtype)
     exact = layers.double().results(Naive, torch.float64)
     floor = 0.01 * max(value.norm() for value in exact.values())  # below it, the terms cancel
@@ -154,8 +153,8 @@ def test_gradients_equal_float64(
 
 def tiny_model() -> tuple[FSDiT, tuple[Tensor, ...]]:
     torch.manual_seed(0)
-    sizes = {"dim": 64, "ffn_dim": 96, "num_heads": 2, "num_layers": 5, "freq_dim": 32}
-    model = FSDiT(**sizes, text_dim=8, text_len=6, image_dim=8, latent_channels=4)
+    context = {"text_dim": 8, "text_len": 6, "image_dim": 8}
+    model = FSDiT.from_preset("tiny", ffn_dim=96, num_layers=5, freq_dim=32, **context, latent_channels=4)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model, (

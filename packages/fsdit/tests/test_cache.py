@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from fsae import FSAE
 from fsae.data.buckets import BucketedClips
@@ -34,36 +33,27 @@ from fsae.errors import UserError
 from fsdit.cli import main
 from fsdit.conditioning import load_encoders, nano_tokenizer
 from fsdit.conditioning.encoders import pad_text
+from fsdit.conditioning.nano import new_image_encoder, new_text_encoder
 from fsdit.preparation import cache, shards
 from fsdit.preparation.config import CacheConfig
 from fsdit.training.data import CachedLatents, report_missing_captions
 
-TINY_FSAE: dict[str, Any] = {
-    "widths": (8, 8, 8, 8, 8, 8, 8),
-    "encoder_depths": (1, 1, 1, 1, 1, 1, 1),
-    "decoder_depths": (1, 1, 1, 1, 1, 1, 1),
-    "latent_channels": 4,
-    "attention_head_dim": 8,
-    "injection_head_dim": 8,
-}
 TEXT_LEN = 16
 CAPTIONS = ("a wide one", "a square one", "", "a caption that has more bytes than there are rows")
 
 
 def save_encoders(folder: Path, seed: int = 0, text_dim: int = 8) -> None:
     torch.manual_seed(seed)
-    text = UMT5Config(vocab_size=384, d_model=text_dim, d_kv=4, num_heads=2, num_layers=1, d_ff=8)
-    UMT5EncoderModel(text).eval().save_pretrained(folder / "text_encoder")
+    new_text_encoder("tiny", d_model=text_dim).eval().save_pretrained(folder / "text_encoder")
     nano_tokenizer().save_pretrained(folder / "tokenizer")
-    image = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    CLIPVisionModel(image).eval().save_pretrained(folder / "image_encoder")
+    new_image_encoder("tiny").eval().save_pretrained(folder / "image_encoder")
 
 
 def save_autoencoder(folder: Path, seed: int = 0) -> FSAE:
     torch.manual_seed(seed)
-    model = FSAE(**TINY_FSAE, latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[0.5, 1.0, 2.0, 3.0]).eval()
+    model = FSAE.from_preset(
+        "tiny", latent_channels=4, latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[0.5, 1.0, 2.0, 3.0]
+    ).eval()
     model.save_pretrained(folder)
     return model
 
@@ -523,22 +513,22 @@ def test_damage_is_named(world: Path, whole: Path, tmp_path: Path) -> None:
 
 def test_a_transformer_that_does_not_fit_is_refused(whole: Path) -> None:
     data = CachedLatents(whole)
-    fits = {"latent_channels": 4, "text_dim": 8, "text_len": TEXT_LEN, "image_dim": 8}
+    fits = {"latent_channels": 4, "text_dim": 8, "text_len": TEXT_LEN, "image_dim": 16}
     data.check_fits(SimpleNamespace(**fits))
     for name, words in (
         ("latent_channels", "latents have 4 channels"),
         ("text_dim", "text embeddings have 8 channels"),
-        ("image_dim", "image embeddings have 8 channels"),
+        ("image_dim", "image embeddings have 16 channels"),
         ("text_len", "text is cut at 16 tokens"),
     ):
         with pytest.raises(UserError, match=f"the cache's {words}, the transformer takes 9; give"):
             data.check_fits(SimpleNamespace(**{**fits, name: 9}))
-    with pytest.raises(UserError, match="image embeddings have 8 channels, the transformer takes none"):
+    with pytest.raises(UserError, match="image embeddings have 16 channels, the transformer takes none"):
         data.check_fits(SimpleNamespace(**{**fits, "image_dim": None}))
 
 
 def test_latents_that_half_precision_cannot_hold_are_refused(world: Path, whole: Path, tmp_path: Path) -> None:
-    FSAE(**TINY_FSAE, latents_std=[1e-9] * 4).save_pretrained(tmp_path / "autoencoder")
+    FSAE.from_preset("tiny", latent_channels=4, latents_std=[1e-9] * 4).save_pretrained(tmp_path / "autoencoder")
     one = settings(
         world, tmp_path / "one", data=str(world / "picture.jsonl"), autoencoder=str(tmp_path / "autoencoder")
     )

@@ -23,20 +23,20 @@ from fsdit.conditioning import (
     nano_tokenizer,
 )
 from fsdit.conditioning.encoders import clean_prompt, resize_for_clip
-from fsdit.conditioning.nano import nano_image_encoder, nano_text_encoder
+from fsdit.conditioning.nano import new_image_encoder, new_text_encoder
 from fsdit.conditioning.pretrained import load_encoder
 
 
 @pytest.fixture(scope="module")
 def text() -> TextEncoder:
     torch.manual_seed(0)
-    return TextEncoder(nano_text_encoder().eval(), nano_tokenizer(), 32)
+    return TextEncoder(new_text_encoder().eval(), nano_tokenizer(), 32)
 
 
 @pytest.fixture(scope="module")
 def image() -> ImageEncoder:
     torch.manual_seed(0)
-    return ImageEncoder(nano_image_encoder().eval())
+    return ImageEncoder(new_image_encoder().eval())
 
 
 def test_prompt_cleaning() -> None:

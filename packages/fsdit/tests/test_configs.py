@@ -135,7 +135,6 @@ def test_the_nano_files_run_one_after_the_other(
 
 @pytest.fixture
 def tiny_nano(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"widths": (8,) * 7, "latent_channels": 8, "attention_head_dim": 8, "injection_head_dim": 8}
-    monkeypatch.setattr(FSAE, "presets", {"nano": {**FSAE.presets["nano"], **sizes}})
+    monkeypatch.setattr(FSAE, "presets", {"nano": FSAE.presets["tiny"]})
     small = {"dim": 64, "ffn_dim": 64, "num_heads": 2, "num_layers": 2, "latent_channels": 8}
     monkeypatch.setattr(FSDiT, "presets", {"nano": {**PRESETS["nano"], **small}})

@@ -17,7 +17,7 @@ from torch import Tensor
 from fsae.errors import UserError
 from fsdit import FSDiT
 from fsdit.conditioning import first_frame_condition, model_input
-from fsdit.wan.convert import from_wan, plan_conversion, shapes_of, target_options
+from fsdit.wan.convert import WanImport, from_wan, plan_conversion, shapes_of, target_options
 from fsdit.wan.transformer import layout_of, open_wan, wan_options
 
 I2V_14B: dict[str, Any] = {
@@ -164,23 +164,26 @@ def assert_same(a: FSDiT, b: FSDiT) -> None:
 
 @torch.no_grad()
 def test_it_computes_what_diffusers_computes(folder: Path, batch: dict[str, Tensor], want: Tensor) -> None:
-    plain, report = from_wan(folder, latents="wan", layer_memory=False)
+    plain, report = from_wan(folder, WanImport(latents="wan", layer_memory=False))
     assert not plain.router_parameters() and not report.dropped and not report.new
     assert relative(plain(**batch), want) < 1e-5
-    gated, _ = from_wan(folder, latents="wan", memory_gate=True)
+    gated, _ = from_wan(folder, WanImport(latents="wan", memory_gate=True))
     assert len(gated.router_parameters()) == 3 * 3
     assert torch.equal(gated(**batch), plain(**batch))
     for block in gated.blocks[1:]:
         block.router.gate.fill_(1.0)
     open_gate = gated(**batch)
     assert not torch.equal(open_gate, plain(**batch))
-    adapting, _ = from_wan(folder, latents="wan")
+    adapting, _ = from_wan(folder, WanImport(latents="wan"))
     assert relative(adapting(**batch), open_gate) < 1e-6
 
 
 @torch.no_grad()
 def test_memory_starts_near_the_model_or_far_from_it(folder: Path, batch: dict[str, Tensor], want: Tensor) -> None:
-    adapting, scratch = from_wan(folder, latents="wan")[0], from_wan(folder, latents="wan", memory_bias=1.0)[0]
+    adapting, scratch = (
+        from_wan(folder, WanImport(latents="wan"))[0],
+        from_wan(folder, WanImport(latents="wan", memory_bias=1.0))[0],
+    )
     assert 1e-7 < relative(adapting(**batch), want) < 1e-2 < relative(scratch(**batch), want)
     for model, bias in ((adapting, 7.0), (scratch, 1.0)):
         assert (model.config.memory_bias, model.config.memory_gate) == (bias, False)
@@ -208,7 +211,7 @@ def test_the_condition_is_ordered_as_wans_pipeline_orders_it() -> None:
 
 @torch.no_grad()
 def test_fsae_latents_keep_all_but_the_ends(folder: Path) -> None:
-    model, report = from_wan(folder, seed=3)
+    model, report = from_wan(folder, WanImport(seed=3))
     config = model.config
     assert (config.latent_channels, config.mask_channels, config.in_channels) == (128, 4, 260)
     assert (config.out_channels, tuple(config.patch_size), config.text_len) == (128, (1, 1, 1), 512)
@@ -221,7 +224,7 @@ def test_fsae_latents_keep_all_but_the_ends(folder: Path) -> None:
     bound = math.sqrt(6 / (260 + 64))
     assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
     assert not any(t.any() for t in (model.patch_embedding.bias, model.head.head.weight, model.head.head.bias))
-    own = from_wan(folder, latents="wan")[0].state_dict()
+    own = from_wan(folder, WanImport(latents="wan"))[0].state_dict()
     assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items() if name not in NEW_ENDS)
     out = model(torch.randn(1, 260, 2, 3, 2), torch.tensor([500.0]), torch.randn(1, 512, 24), torch.randn(1, 5, 20))
     assert out.shape == (1, 128, 2, 3, 2)
@@ -229,7 +232,7 @@ def test_fsae_latents_keep_all_but_the_ends(folder: Path) -> None:
 
 def test_new_weights_are_the_seeds_and_leave_the_global_generator_alone(folder: Path) -> None:
     before = torch.get_rng_state()
-    first, second, other = (from_wan(folder, seed=seed)[0] for seed in (3, 3, 4))
+    first, second, other = (from_wan(folder, WanImport(seed=seed))[0] for seed in (3, 3, 4))
     assert torch.equal(before, torch.get_rng_state())
     assert_same(first, second)
     changed = other.state_dict()
@@ -247,7 +250,7 @@ def test_both_namings_and_all_forms_of_a_checkpoint_give_one_model(
     original = original_names(state)
     assert len(original) == len(state) and "blocks.3.cross_attn.v_img.bias" in original
     assert set(original) & set(state) == {"patch_embedding.weight", "patch_embedding.bias"}
-    whole = from_wan(folder, latents="wan")[0]
+    whole = from_wan(folder, WanImport(latents="wan"))[0]
     wan.save_pretrained(tmp_path / "sharded", max_shard_size="300KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     save_original(original, tmp_path / "original")
@@ -263,7 +266,7 @@ def test_both_namings_and_all_forms_of_a_checkpoint_give_one_model(
         (original, {"num_heads": 2}),
         (dict(state), {"num_heads": 2}),
     ):
-        model, _ = from_wan(source, latents="wan", **options)
+        model, _ = from_wan(source, WanImport(latents="wan", **options))
         assert_same(model, whole)
         assert (model.config.num_heads, model.config.text_len, model.config.eps) == (2, 512, 1e-6)
 
@@ -284,7 +287,7 @@ def test_a_name_on_the_hub_brings_the_transformer_alone(folder: Path, monkeypatc
 
 def test_a_callers_state_dict_stays_the_callers(wan: WanTransformer3DModel) -> None:
     state = {name: tensor.clone() for name, tensor in wan.state_dict().items()}
-    model, _ = from_wan(state, latents="wan", num_heads=2)
+    model, _ = from_wan(state, WanImport(latents="wan", num_heads=2))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(7.0)
@@ -310,19 +313,21 @@ def test_weights_keep_their_type_unless_another_is_asked_for(
     save_file(half, tmp_path / "half.safetensors")
     wide = {"time_embedding", "modulation", "norm3", "router"}
     for source in (tmp_path / "half.safetensors", half):
-        model, _ = from_wan(source, num_heads=2)
+        model, _ = from_wan(source, WanImport(num_heads=2))
         for name, tensor in model.state_dict().items():
             assert tensor.dtype == (torch.float32 if wide & set(name.split(".")) else torch.bfloat16), name
         assert torch.equal(model.blocks[0].norm3.weight, state["blocks.0.norm2.weight"])
-    rounded, _ = from_wan(folder, dtype=torch.bfloat16)
+    rounded, _ = from_wan(folder, WanImport(dtype=torch.bfloat16))
     assert torch.equal(rounded.blocks[2].norm3.weight, state["blocks.2.norm2.weight"])
     assert torch.equal(rounded.blocks[2].ffn[2].bias, state["blocks.2.ffn.net.2.bias"].bfloat16())
     assert rounded.patch_embedding.weight.dtype == rounded.head.head.bias.dtype == torch.bfloat16
     rounded.save_pretrained(tmp_path / "rounded")
     assert_same(FSDiT.from_pretrained(tmp_path / "rounded", torch_dtype=torch.bfloat16), rounded)
-    assert {p.dtype for p in from_wan(half, num_heads=2, dtype=torch.float64)[0].parameters()} == {torch.float64}
+    assert {p.dtype for p in from_wan(half, WanImport(num_heads=2, dtype=torch.float64))[0].parameters()} == {
+        torch.float64
+    }
     with pytest.raises(UserError, match="int8"):
-        from_wan(folder, dtype=torch.int8)
+        from_wan(folder, WanImport(dtype=torch.int8))
 
 
 # --- the full size -----------------------------------------------------------------------------------------------
@@ -341,7 +346,7 @@ def test_every_key_of_the_full_size_is_accounted_for() -> None:
         assert (own["num_heads"], own["num_layers"], own["ffn_dim"], own["freq_dim"]) == (40, 40, 13824, 256)
         with torch.device("meta"):
             shapes = shapes_of(FSDiT(**target_options(own, latents) | {"layer_memory": True}))
-        plan = plan_conversion(source.shapes, shapes, own, layout, latents)
+        plan = plan_conversion(source, shapes, own, layout, latents)
         report = plan.report(source.shapes, shapes)
         assert set(report.carried) | set(report.dropped) == set(names)
         assert not set(report.carried) & set(report.dropped)
@@ -364,7 +369,7 @@ def test_every_key_of_the_full_size_is_accounted_for() -> None:
 
 def refused(source: Any, **options: Any) -> str:
     with pytest.raises(UserError) as error:
-        from_wan(source, **options)
+        from_wan(source, WanImport(**options))
     return str(error.value)
 
 

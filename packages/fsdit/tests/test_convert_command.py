@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from fsdit import FSDiT
 from fsdit.cli import main
-from fsdit.wan.convert import from_wan
+from fsdit.wan.convert import WanImport, from_wan
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_command_converts_and_says_what_it_did(
         output = tmp_path / str(number)
         assert main(["convert", str(folder), "-o", str(output), *flags]) == 0
         stored = load_file(output / "diffusion_pytorch_model.safetensors")
-        model, _ = from_wan(folder, **options)
+        model, _ = from_wan(folder, WanImport(**options))
         state = model.state_dict()
         assert set(stored) == set(state)
         assert all(

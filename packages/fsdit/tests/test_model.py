@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,22 +16,10 @@ from fsae.training.task import decay_groups
 from fsdit import FSDiT
 from fsdit.layers.rope import rotary_tables
 
-TINY = {
-    "dim": 64,
-    "ffn_dim": 176,
-    "num_heads": 2,
-    "num_layers": 3,
-    "freq_dim": 32,
-    "text_dim": 24,
-    "text_len": 12,
-    "image_dim": 20,
-    "latent_channels": 8,
-}
 
-
-def tiny(**overrides: object) -> FSDiT:
+def tiny(**overrides: Any) -> FSDiT:
     torch.manual_seed(0)
-    return FSDiT(**{**TINY, **overrides})
+    return FSDiT.from_preset("tiny", **overrides)
 
 
 def randomize(model: nn.Module, seed: int = 0) -> None:
@@ -252,12 +241,12 @@ def test_wrong_inputs_are_named() -> None:
     for change, message in (
         ({"hidden_states": torch.zeros(2, 19, 1, 2, 2)}, "expected B 20 t h w"),
         ({"hidden_states": torch.zeros(2, 20, 1, 3, 2)}, "does not divide"),
-        ({"encoder_hidden_states": torch.zeros(2, 13, 24)}, "at most 12"),
-        ({"encoder_hidden_states": torch.zeros(12, 24)}, r"expected text embeddings 2 L 24, got \(12, 24\)"),
-        ({"encoder_hidden_states": torch.zeros(2, 12, 20)}, "expected text embeddings 2 L 24"),
-        ({"encoder_hidden_states": torch.zeros(3, 12, 24)}, "expected text embeddings 2 L 24"),
+        ({"encoder_hidden_states": torch.zeros(2, 17, 32)}, "at most 16"),
+        ({"encoder_hidden_states": torch.zeros(12, 32)}, r"expected text embeddings 2 L 32, got \(12, 32\)"),
+        ({"encoder_hidden_states": torch.zeros(2, 12, 20)}, "expected text embeddings 2 L 32"),
+        ({"encoder_hidden_states": torch.zeros(3, 12, 32)}, "expected text embeddings 2 L 32"),
         ({"encoder_hidden_states_image": None}, "needs one"),
-        ({"encoder_hidden_states_image": torch.zeros(2, 5, 24)}, "expected image embeddings 2 L 20"),
+        ({"encoder_hidden_states_image": torch.zeros(2, 5, 24)}, "expected image embeddings 2 L 16"),
         ({"timestep": torch.tensor(3.0)}, r"expected 2 timesteps, got \(\)"),
         ({"timestep": torch.zeros(3)}, "expected 2 timesteps"),
     ):

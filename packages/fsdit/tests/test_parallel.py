@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from fsae.errors import UserError
 from fsae.storage.files import read_json
@@ -28,11 +27,13 @@ from fsae.training.checkpointing import checkpoints, load_tensors
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
 from fsdit import FSDiT
-from fsdit.conditioning import Context, ImageEncoder, TextEncoder, first_frame_condition, nano_tokenizer
+from fsdit.conditioning import Context, Encoders, ImageEncoder, TextEncoder, first_frame_condition, nano_tokenizer
+from fsdit.conditioning.nano import new_image_encoder, new_text_encoder
 from fsdit.flow.path import FlowSchedule
 from fsdit.flow.sampling import denoise
 from fsdit.parallel import ContextParallel
 from fsdit.training.config import TransformerConfig
+from fsdit.training.data import Samples
 from fsdit.training.task import FlowMatchingTask
 
 SIZES = (1, 2, 3, 4)
@@ -49,8 +50,7 @@ QUANTITIES = ("loss", "output", "parameters", "inputs", "text", "chained", "samp
 def tiny(heads: int = 2, **changes: Any) -> FSDiT:
     """A model in which every weight has a say: no zero head, no router that favours one state."""
     torch.manual_seed(0)
-    sizes = {"dim": 24, "ffn_dim": 40, "num_layers": 3, "freq_dim": 16, "text_dim": 16, "text_len": 8, "image_dim": 12}
-    model = FSDiT(num_heads=heads, latent_channels=4, **{**sizes, **changes})
+    model = FSDiT.from_preset("tiny", dim=24, num_heads=heads, latent_channels=4, **changes)
     for parameter in (model.head.head.weight, *model.router_parameters()):
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -221,11 +221,7 @@ def clips() -> list[dict[str, Any]]:
 def training(folder: Path, steps: int, sharding: Any = "ddp", **changes: Any) -> dict[str, Any]:
     """15 tokens, text and image encoders trained with the transformer, with dropout."""
     torch.manual_seed(0)
-    text = UMT5EncoderModel(
-        UMT5Config(vocab_size=384, d_model=16, d_kv=8, num_heads=2, num_layers=1, d_ff=16, dropout_rate=0.2)
-    )
-    tower = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    image = CLIPVisionModel(CLIPVisionConfig(image_size=16, patch_size=8, **tower))
+    text, image = new_text_encoder("tiny", dropout_rate=0.2), new_image_encoder("tiny")
     loop = LoopConfig(
         str(folder),
         max_steps=steps,
@@ -242,7 +238,8 @@ def training(folder: Path, steps: int, sharding: Any = "ddp", **changes: Any) ->
     model = tiny()
     model.enable_gradient_checkpointing()
     held_out = torch.utils.data.default_collate(clips()[:2])
-    task = Recorded(model, TextEncoder(text, nano_tokenizer(), 8), ImageEncoder(image), settings, None, held_out)
+    encoders = Encoders(TextEncoder(text, nano_tokenizer(), 16), ImageEncoder(image))
+    task = Recorded(model, encoders, settings, clips=Samples(batch=held_out))
     result = train(task, clips(), loop)
     assert model.context_parallel is None  # the run over, the model is one process's again
     exported = result.export("transformer")

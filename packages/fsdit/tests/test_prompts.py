@@ -18,7 +18,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from fsae.errors import CheckpointError, UserError
 from fsdit.conditioning import ImageEncoder, TextEncoder, load_text_encoder, nano_tokenizer
 from fsdit.conditioning.folders import image_encoder_fingerprint, loaded, text_encoder_fingerprint
-from fsdit.conditioning.nano import nano_image_encoder
+from fsdit.conditioning.nano import new_image_encoder
 from fsdit.preparation.prompts import PromptCache
 
 TEXT_LEN = 24
@@ -32,7 +32,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = UMT5Config(vocab_size=384, d_model=16, d_kv=8, num_heads=2, num_layers=2, d_ff=16)
     UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
     nano_tokenizer().save_pretrained(folder / "tokenizer")
-    nano_image_encoder().save_pretrained(folder / "image_encoder")
+    new_image_encoder().save_pretrained(folder / "image_encoder")
     return folder
 
 
@@ -144,7 +144,7 @@ def test_nothing_holds_the_encoder_afterwards(tmp_path: Path, encoders: Path) ->
     assert all(weight() is None for weight in load.weights)  # without waiting for the garbage collector
 
     watched: list[weakref.ref[Any]] = []
-    with loaded(lambda: ImageEncoder(nano_image_encoder())) as encoder:
+    with loaded(lambda: ImageEncoder(new_image_encoder())) as encoder:
         watched += [weakref.ref(parameter) for parameter in encoder.parameters()]
         assert not encoder.training
         assert encoder(torch.zeros(1, 3, 64, 64)).shape == (1, 17, 128)
@@ -152,7 +152,7 @@ def test_nothing_holds_the_encoder_afterwards(tmp_path: Path, encoders: Path) ->
     assert all(weight() is None for weight in watched)  # though the encoder itself is held here
     assert all(parameter.is_meta for parameter in encoder.parameters())
 
-    with pytest.raises(RuntimeError, match="in use"), loaded(lambda: ImageEncoder(nano_image_encoder())) as encoder:
+    with pytest.raises(RuntimeError, match="in use"), loaded(lambda: ImageEncoder(new_image_encoder())) as encoder:
         raise RuntimeError("in use")
     assert next(encoder.parameters()).is_meta
 

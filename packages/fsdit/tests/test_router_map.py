@@ -26,30 +26,12 @@ from fsdit.flow.path import FlowSchedule
 from fsdit.layers.modulation import modulate
 from fsdit.router_map import RouterMap, RouterTally, map_routers, watch_routers
 
-SMALL: dict[str, Any] = {
-    "dim": 32,
-    "ffn_dim": 48,
-    "num_heads": 2,
-    "num_layers": 4,
-    "freq_dim": 16,
-    "text_dim": 128,
-    "text_len": 16,
-    "image_dim": 128,
-    "latent_channels": 4,
-}
-TINY_FSAE: dict[str, Any] = {
-    "widths": (8, 8, 16, 16, 16, 16, 16),
-    "encoder_depths": (1, 1, 1, 1, 1, 1, 1),
-    "decoder_depths": (1, 1, 1, 1, 1, 1, 1),
-    "latent_channels": 4,
-    "attention_head_dim": 8,
-    "injection_head_dim": 8,
-}
+SMALL: dict[str, Any] = {"num_layers": 4, "text_dim": 128, "image_dim": 128, "latent_channels": 4}
 
 
 def model(random_routers: bool = True, **changes: Any) -> FSDiT:
     torch.manual_seed(0)
-    built = FSDiT(**{**SMALL, **changes}).eval()
+    built = FSDiT.from_preset("tiny", **{**SMALL, **changes}).eval()
     if random_routers:
         for parameter in built.router_parameters():
             torch.nn.init.normal_(parameter, std=0.5)
@@ -195,7 +177,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model().save_pretrained(folder / "transformer")
     model(layer_memory=False).save_pretrained(folder / "plain")
     torch.manual_seed(0)
-    FSAE(**TINY_FSAE).save_pretrained(folder / "fsae")
+    FSAE.from_preset("tiny", latent_channels=4).save_pretrained(folder / "fsae")
     text, image = load_encoders("nano", 16)
     text.model.save_pretrained(folder / "text_encoder")
     image.model.save_pretrained(folder / "image_encoder")

@@ -117,8 +117,7 @@ def test_a_callback_stops_with_the_clean_estimate() -> None:
 
 def transformer() -> FSDiT:
     torch.manual_seed(0)
-    sizes = {"dim": 32, "ffn_dim": 64, "num_heads": 2, "num_layers": 3, "freq_dim": 16}
-    model = FSDiT(**sizes, text_dim=8, text_len=6, image_dim=8, latent_channels=4)
+    model = FSDiT.from_preset("tiny", text_dim=8, text_len=6, image_dim=8, latent_channels=4)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     return model.eval()

@@ -46,15 +46,12 @@ class Velocities(FlowMatchingTask):
 
     def __init__(self, settings: TransformerConfig) -> None:
         torch.manual_seed(0)
-        transformer = FSDiT(
-            dim=48, ffn_dim=80, num_heads=2, num_layers=4, freq_dim=32, text_dim=24, text_len=8, image_dim=16,
-            latent_channels=4, memory_gate=True,
-        )  # fmt: skip
+        transformer = FSDiT.from_preset("tiny", num_layers=4, text_dim=24, latent_channels=4, memory_gate=True)
         torch.nn.init.normal_(transformer.head.head.weight, std=0.05)  # at zero nothing below it has a gradient
         for block in transformer.blocks[1:]:
             torch.nn.init.ones_(block.router.gate)
         transformer.enable_gradient_checkpointing()
-        super().__init__(transformer, None, None, settings)
+        super().__init__(transformer, None, settings)
         self.validated: list[float] = []
 
     def loss(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:

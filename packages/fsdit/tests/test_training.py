@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from fsae import FSAE
 from fsae.data.config import ClipsConfig
@@ -21,36 +20,19 @@ from fsdit import FSDiT
 from fsdit.cli import main
 from fsdit.conditioning import (
     Condition,
+    Encoders,
     ImageEncoder,
     TextEncoder,
     first_frame_condition,
     load_encoders,
     nano_tokenizer,
 )
+from fsdit.conditioning.nano import new_image_encoder, new_text_encoder
 from fsdit.flow.path import FlowSchedule
 from fsdit.training.config import TransformerConfig
+from fsdit.training.data import Samples
 from fsdit.training.run import train_transformer
 from fsdit.training.task import FlowMatchingTask
-
-SMALL = {
-    "dim": 64,
-    "ffn_dim": 128,
-    "num_heads": 2,
-    "num_layers": 3,
-    "freq_dim": 64,
-    "text_dim": 32,
-    "text_len": 16,
-    "image_dim": 16,
-    "latent_channels": 4,
-}
-TINY_FSAE = {
-    "widths": (8, 8, 16, 16, 16, 16, 16),
-    "encoder_depths": (1, 1, 1, 1, 1, 1, 1),
-    "decoder_depths": (1, 1, 1, 1, 1, 1, 1),
-    "latent_channels": 4,
-    "attention_head_dim": 8,
-    "injection_head_dim": 8,
-}
 
 
 def config(tmp_path: Any, **changes: Any) -> TransformerConfig:
@@ -67,25 +49,11 @@ def config(tmp_path: Any, **changes: Any) -> TransformerConfig:
     return TransformerConfig(data="", autoencoder="", loop=loop, **changes)
 
 
-def parts(**overrides: Any) -> tuple[FSDiT, TextEncoder, ImageEncoder]:
+def parts(**overrides: Any) -> tuple[FSDiT, Encoders]:
     torch.manual_seed(0)
-    transformer = FSDiT(**{**SMALL, **overrides})
-    text = UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=384, d_model=32, d_kv=16, num_heads=2, num_layers=1, d_ff=32, feed_forward_proj="gated-gelu"
-        )
-    )
-    image = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=8,
-        )
-    )
-    return transformer, TextEncoder(text.eval(), nano_tokenizer(), 16), ImageEncoder(image)
+    transformer = FSDiT.from_preset("tiny", **{"latent_channels": 4, **overrides})
+    text, image = new_text_encoder("tiny"), new_image_encoder("tiny")
+    return transformer, Encoders(TextEncoder(text.eval(), nano_tokenizer(), 16), ImageEncoder(image))
 
 
 def clips(count: int = 64, permuted: bool = False) -> list[dict[str, Any]]:
@@ -121,7 +89,7 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.answer = answer
-        peer = FSDiT(**SMALL)
+        peer = FSDiT.from_preset("tiny", latent_channels=4)
         self.config, self.public_config = peer.config, peer.public_config
 
     def forward(self, inputs: Tensor, timestep: Tensor, text: Tensor, image: Tensor) -> Tensor:
@@ -132,7 +100,7 @@ class Oracle(torch.nn.Module):
 @pytest.mark.parametrize("elements", [False, True])
 def test_loss_is_the_formula(tmp_path, elements: bool) -> None:
     """Flow matching, logit-normal shifted levels and pseudo-Huber, each written out in float64."""
-    _, text, image = parts()
+    _, encoders = parts()
     flow = FlowSchedule(shift=3.0, mean=0.5, std=0.7)
     settings = config(tmp_path, caption_dropout=0.0, huber_delta=0.4, huber_elements=elements, flow=flow)
     data = batch(clips())
@@ -144,7 +112,7 @@ def test_loss_is_the_formula(tmp_path, elements: bool) -> None:
     sigma = 3 * level / (1 + 2 * level)
 
     oracle = Oracle()
-    out = FlowMatchingTask(oracle, text, image, settings).loss(data, generator(7))
+    out = FlowMatchingTask(oracle, encoders, settings).loss(data, generator(7))
     error = (noise - latents).double().flatten(1)
     squares = error.square() if elements else error.square().mean(1)
     assert out["loss"].item() == pytest.approx(((squares + 0.4**2).sqrt() - 0.4).mean().item(), rel=1e-6)
@@ -155,18 +123,18 @@ def test_loss_is_the_formula(tmp_path, elements: bool) -> None:
     assert torch.allclose(inputs[:, :4].double(), (1 - s) * latents + s * noise, atol=1e-6)
     assert inputs[:, 4:8, 0].eq(1).all() and not inputs[:, 4:8, 1:].any()
     assert torch.equal(inputs[:, 8:, 0], latents[:, :, 0]) and not inputs[:, 8:, 1:].any()
-    assert torch.equal(seen_text, text(data["caption"]).embeddings)
-    assert torch.equal(seen_image, image(data["image"]))
+    assert torch.equal(seen_text, encoders.text(data["caption"]).embeddings)
+    assert torch.equal(seen_image, encoders.image(data["image"]))
 
     oracle = Oracle(noise - latents)  # whoever knows the answer has no loss
-    assert FlowMatchingTask(oracle, text, image, settings).loss(data, generator(7))["loss"].item() == 0
+    assert FlowMatchingTask(oracle, encoders, settings).loss(data, generator(7))["loss"].item() == 0
 
 
 def test_a_prepared_batch_is_what_the_loss_is_of(tmp_path) -> None:
-    _, text, image = parts()
+    _, encoders = parts()
     data = batch(clips())
     oracle = Oracle()
-    task = FlowMatchingTask(oracle, text, image, config(tmp_path, caption_dropout=0.0))
+    task = FlowMatchingTask(oracle, encoders, config(tmp_path, caption_dropout=0.0))
     task.loss(data, generator(7))
     inputs, _, words, picture = oracle.seen
     task.config = config(tmp_path, caption_dropout=1.0)  # which is the loss's own
@@ -174,14 +142,14 @@ def test_a_prepared_batch_is_what_the_loss_is_of(tmp_path) -> None:
     assert torch.equal(clean.latents, data["latents"])
     assert torch.equal(torch.cat((clean.condition.mask, clean.condition.latents), dim=1), inputs[:, 4:])
     assert torch.equal(clean.context.text, words) and torch.equal(clean.context.image, picture)
-    assert torch.equal(clean.context.negative, text([""] * 4).embeddings)
+    assert torch.equal(clean.context.negative, encoders.text([""] * 4).embeddings)
     assert not torch.allclose(clean.context.negative, words, atol=1e-3)
 
 
 def test_a_batch_has_the_gradient_of_its_samples_mean(tmp_path) -> None:
-    transformer, text, image = parts()
+    transformer, encoders = parts()
     torch.nn.init.normal_(transformer.head.head.weight, std=0.2)
-    task = FlowMatchingTask(transformer, text, image, config(tmp_path, encoders="frozen"))
+    task = FlowMatchingTask(transformer, encoders, config(tmp_path, encoders="frozen"))
     data = batch(clips(), 2)
     noise, sigma = torch.randn(data["latents"].shape, generator=generator()), torch.tensor([0.3, 0.8])
 
@@ -198,9 +166,9 @@ def test_a_batch_has_the_gradient_of_its_samples_mean(tmp_path) -> None:
 
 
 def test_every_trained_tensor_has_a_gradient(tmp_path) -> None:
-    transformer, text, image = parts()
+    transformer, encoders = parts()
     torch.nn.init.normal_(transformer.head.head.weight, std=0.2)
-    task = FlowMatchingTask(transformer, text, image, config(tmp_path))
+    task = FlowMatchingTask(transformer, encoders, config(tmp_path))
     task.loss(batch(clips(), 8), generator())["loss"].backward()
     trained = [(name, p) for m in task.modules.values() for name, p in m.named_parameters() if p.requires_grad]
     idle = {name for name, p in trained if p.grad is None or not p.grad.norm() > 0}
@@ -209,43 +177,43 @@ def test_every_trained_tensor_has_a_gradient(tmp_path) -> None:
 
 
 def test_caption_dropout_gives_the_empty_prompt(tmp_path) -> None:
-    _, text, image = parts()
+    _, encoders = parts()
     data = batch(clips(64), 64)
-    empty = text([""]).embeddings[0]
+    empty = encoders.text([""]).embeddings[0]
     shares = {}
     for p in (0.0, 0.3, 1.0):
         oracle = Oracle()
-        FlowMatchingTask(oracle, text, image, config(tmp_path, caption_dropout=p)).loss(data, generator())
+        FlowMatchingTask(oracle, encoders, config(tmp_path, caption_dropout=p)).loss(data, generator())
         shares[p] = sum(torch.allclose(row, empty, atol=1e-5) for row in oracle.seen[2]) / 64
     assert shares[0.0] == 0 and shares[1.0] == 1 and 0.15 < shares[0.3] < 0.45
 
 
 def test_loss_follows_its_generator(tmp_path) -> None:
-    transformer, text, image = parts()
-    task = FlowMatchingTask(transformer, text, image, config(tmp_path))
+    transformer, encoders = parts()
+    task = FlowMatchingTask(transformer, encoders, config(tmp_path))
     a, b, c = (task.loss(batch(clips()), generator(seed))["loss"].item() for seed in (1, 1, 2))
     assert a == b != c
 
 
 def test_what_is_trained(tmp_path) -> None:
     for trained in (True, False):
-        transformer, text, image = parts()
-        encoders = {"encoders": "elsewhere", "train_encoders": trained}
-        task = FlowMatchingTask(transformer, text, image, config(tmp_path, **encoders))
+        transformer, encoders = parts()
+        options = {"encoders": "elsewhere", "train_encoders": trained}
+        task = FlowMatchingTask(transformer, encoders, config(tmp_path, **options))
         assert set(task.modules) == {"transformer", *(("text_encoder", "image_encoder") if trained else ())}
         assert set(task.frozen) == (set() if trained else {"text_encoder", "image_encoder"})
         torch.nn.init.normal_(transformer.head.head.weight)
         task.loss(batch(clips()), generator())["loss"].backward()
         parameters = [p for m in task.modules.values() for p in m.parameters() if p.requires_grad]
         assert all(p.grad is not None for p in parameters)  # none is waited for in vain by several processes
-        assert (text.model.shared.weight.grad is not None) == trained
+        assert (encoders.text.model.shared.weight.grad is not None) == trained
     assert config(tmp_path).trains_encoders
     assert not config(tmp_path, encoders="elsewhere").trains_encoders
 
 
 def test_routers_have_their_own_rate_and_no_decay(tmp_path) -> None:
-    transformer, text, image = parts()
-    task = FlowMatchingTask(transformer, text, image, config(tmp_path, router_rate=7.0))
+    transformer, encoders = parts()
+    task = FlowMatchingTask(transformer, encoders, config(tmp_path, router_rate=7.0))
     groups = task.parameter_groups(OptimizerConfig(learning_rate=1e-3, weight_decay=0.1))
     routers = {id(p) for p in transformer.router_parameters()}
     assert len(routers) == 4
@@ -272,27 +240,28 @@ def stills(count: int = 4) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_still_is_shown_nothing_of_itself(tmp_path, kept: bool) -> None:
-    _, text, image = parts()
+    _, encoders = parts()
     data = stills()[kept]
-    encoders = (None, None) if kept else (text, image)
     seen: dict[bool, Any] = {}
     for shown in (False, True):
         settings = config(tmp_path, stills_see_image=shown, caption_dropout=0.0)
         oracle = Oracle()
-        task = FlowMatchingTask(oracle, *encoders, settings, empty_text=torch.zeros(16, 32))
+        task = FlowMatchingTask(
+            oracle, None if kept else encoders, settings, clips=Samples(empty_text=torch.zeros(16, 32))
+        )
         task.loss(data, generator())
         seen[shown] = oracle.seen
         inputs, _, words, _ = oracle.seen
         assert not inputs[:, 4:].any()  # mask and condition
         assert words.any()
     assert not seen[False][3].any()
-    own = data["image_embedding"] if kept else image(data["image"])
+    own = data["image_embedding"] if kept else encoders.image(data["image"])
     assert torch.equal(seen[True][3], own) and seen[False][3].shape == own.shape
 
 
 def test_a_still_is_validated_and_sampled_without_itself(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    autoencoder = FSAE(**TINY_FSAE).eval()
+    autoencoder = FSAE.from_preset("tiny", latent_channels=4).eval()
     videos = [{"video": torch.rand(3, 1, 64, 64) * 2 - 1, "caption": "a"}]
     held_out = torch.utils.data.default_collate(videos)
     shown: list[Any] = []
@@ -300,7 +269,7 @@ def test_a_still_is_validated_and_sampled_without_itself(tmp_path, monkeypatch: 
     monkeypatch.setattr("fsdit.training.task.denoise", lambda *given, **_: shown.append(given) or given[1])
     decode = autoencoder.decode
     monkeypatch.setattr(autoencoder, "decode", lambda *given: decoded.append(given) or decode(*given))
-    task = FlowMatchingTask(*parts(), config(tmp_path), autoencoder, held_out)
+    task = FlowMatchingTask(*parts(), config(tmp_path), autoencoder, Samples(batch=held_out))
     with torch.no_grad():
         assert task.validate(0)["samples"].isfinite().all()
     (_, _, condition, context), (_, first_frame) = shown[0], decoded[0]
@@ -309,13 +278,13 @@ def test_a_still_is_validated_and_sampled_without_itself(tmp_path, monkeypatch: 
 
 
 def test_trained_encoders_go_along_with_stills(tmp_path) -> None:
-    transformer, text, image = parts()
+    transformer, encoders = parts()
     torch.nn.init.normal_(transformer.head.head.weight, std=0.2)
-    task = FlowMatchingTask(transformer, text, image, config(tmp_path))
+    task = FlowMatchingTask(transformer, encoders, config(tmp_path))
     task.loss(stills()[0], generator())["loss"].backward()
     trained = [p for module in task.modules.values() for p in module.parameters() if p.requires_grad]
     assert all(p.grad is not None for p in trained)
-    assert not any(p.grad.any() for p in image.model.parameters() if p.grad is not None)
+    assert not any(p.grad.any() for p in encoders.image.model.parameters() if p.grad is not None)
 
 
 class Unlearnable(torch.utils.data.Dataset[dict[str, Any]]):
@@ -366,7 +335,7 @@ def test_no_still_is_learned_below_the_floor(tmp_path) -> None:
             encoders="kept",
             **changes,
         )
-        transformer, _, _ = parts(num_layers=2)
+        transformer, _ = parts(num_layers=2)
         task = Watched(transformer, None, None, settings, empty_text=torch.zeros(1, 32))
         train(task, Unlearnable(), replace(settings.loop, batch_size=64))
         return sum(losses[-50:]) / 50
@@ -386,7 +355,7 @@ def trained_loss(tmp_path: Any, permuted: bool) -> tuple[float, float]:
     settings = config(
         tmp_path / str(permuted), max_steps=30, caption_dropout=0.0, flow=FlowSchedule(20.0), encoders="as they are"
     )
-    task = FlowMatchingTask(*parts(num_layers=2), settings, validation=batch(data, 32))
+    task = FlowMatchingTask(*parts(num_layers=2), settings, clips=Samples(batch=batch(data, 32)))
     with torch.no_grad():
         before = float(task.validate(0)["loss"])
     train(task, data, settings.loop)
@@ -403,8 +372,10 @@ def test_learns_and_uses_its_conditions(tmp_path) -> None:
 
 def test_from_videos_to_a_saved_model(tmp_path) -> None:
     torch.manual_seed(0)
-    FSAE(**TINY_FSAE).save_pretrained(tmp_path / "fsae")
-    FSDiT(**{**SMALL, "text_dim": 128, "image_dim": 128}).save_pretrained(tmp_path / "dit")  # as the nano encoders
+    FSAE.from_preset("tiny", latent_channels=4).save_pretrained(tmp_path / "fsae")
+    FSDiT.from_preset("tiny", latent_channels=4, text_dim=128, image_dim=128).save_pretrained(
+        tmp_path / "dit"
+    )  # as the nano encoders
     videos = [{"video": torch.rand(3, 5, 64, 128) * 2 - 1, "caption": c} for c in ("left", "right", "up")]
     base = config(tmp_path, max_steps=2, gradient_checkpointing=True, validation_steps=2, validation_samples=2)
     settings = replace(
@@ -425,33 +396,33 @@ def test_from_videos_to_a_saved_model(tmp_path) -> None:
 
 def test_clips_and_their_latents_have_the_same_loss(tmp_path) -> None:
     torch.manual_seed(0)
-    autoencoder = FSAE(**TINY_FSAE).eval()
+    autoencoder = FSAE.from_preset("tiny", latent_channels=4).eval()
     videos = torch.rand(4, 3, 5, 64, 128) * 2 - 1
     clips = {"video": videos, "caption": [*"abcd"]}
     with torch.no_grad():
         latents = {"latents": autoencoder.encode(videos), "image": videos[:, :, 0], "caption": [*"abcd"]}
-    transformer, text, image = parts()
+    transformer, encoders = parts()
     torch.nn.init.normal_(transformer.head.head.weight, std=0.1)
-    task = FlowMatchingTask(transformer, text, image, config(tmp_path), autoencoder)
+    task = FlowMatchingTask(transformer, encoders, config(tmp_path), autoencoder)
     losses = [task.loss(given, generator())["loss"].item() for given in (latents, clips)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    without = FlowMatchingTask(transformer, text, image, config(tmp_path))
+    without = FlowMatchingTask(transformer, encoders, config(tmp_path))
     with pytest.raises(UserError, match="give the autoencoder"):
         without.loss(clips, generator())
 
 
 def test_validation_shows_samples(tmp_path) -> None:
     torch.manual_seed(0)
-    autoencoder = FSAE(**TINY_FSAE).eval()
+    autoencoder = FSAE.from_preset("tiny", latent_channels=4).eval()
     videos = [{"video": torch.rand(3, 5, 64, 64) * 2 - 1, "caption": "a"}]
     held_out = torch.utils.data.default_collate(videos)
     pictures = []
     for changes in ({}, {"validation_steps": 5}, {"validation_guidance": 6.0}):
-        transformer, text, image = parts()
+        transformer, encoders = parts()
         torch.manual_seed(1)
         torch.nn.init.normal_(transformer.head.head.weight, std=0.2)
         settings = config(tmp_path, **{"validation_steps": 2, **changes})
-        task = FlowMatchingTask(transformer, text, image, settings, autoencoder, held_out)
+        task = FlowMatchingTask(transformer, encoders, settings, autoencoder, Samples(batch=held_out))
         with torch.no_grad():
             result = task.validate(0)
         assert result["loss"].ndim == 0
@@ -464,16 +435,18 @@ def test_validation_shows_samples(tmp_path) -> None:
 
 def test_a_validation_encodes_its_clips_once(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    autoencoder, (transformer, text, image) = FSAE(**TINY_FSAE).eval(), parts()
+    autoencoder, (transformer, encoders) = FSAE.from_preset("tiny", latent_channels=4).eval(), parts()
     calls: list[Any] = []
     encode = autoencoder.encode
     monkeypatch.setattr(autoencoder, "encode", lambda video: calls.append("video") or encode(video))
-    image.register_forward_hook(lambda *_: calls.append("image"))
-    text.register_forward_pre_hook(lambda _, given: calls.append(list(given[0])))
+    encoders.image.register_forward_hook(lambda *_: calls.append("image"))
+    encoders.text.register_forward_pre_hook(lambda _, given: calls.append(list(given[0])))
     held_out = batch([{"video": torch.rand(3, 5, 64, 64) * 2 - 1, "caption": c} for c in "ab"], 2)
     settings = config(tmp_path, validation_steps=2, caption_dropout=1.0)
     with torch.no_grad():
-        assert "samples" in FlowMatchingTask(transformer, text, image, settings, autoencoder, held_out).validate(0)
+        assert "samples" in FlowMatchingTask(
+            transformer, encoders, settings, autoencoder, Samples(batch=held_out)
+        ).validate(0)
     assert sorted(map(str, calls)) == sorted(["video", "image", "['a', 'b']", "['', '']"])
 
 
@@ -487,7 +460,7 @@ def test_parts_that_do_not_fit_are_named(tmp_path) -> None:
     with pytest.raises(UserError, match="image encoder gives .* the transformer takes none"):
         FlowMatchingTask(*parts(image_dim=None), config(tmp_path))
     with pytest.raises(UserError, match="autoencoder gives 4"):
-        FlowMatchingTask(*parts(latent_channels=8), config(tmp_path), FSAE(**TINY_FSAE))
+        FlowMatchingTask(*parts(latent_channels=8), config(tmp_path), FSAE.from_preset("tiny", latent_channels=4))
     with pytest.raises(UserError, match="neither a preset"):
         train_transformer(config(tmp_path, model="nanno"))
 

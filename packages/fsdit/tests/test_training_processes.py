@@ -125,11 +125,12 @@ class OwnNoise(FlowMatchingTask):
         return self.velocity_loss(self.prepare(batch, generator), noise, sigma)
 
 
-def three_steps(films: Path, parts: Path, output: Path, cache: Path, sharding: Any, batch_size: int) -> None:
+def three_steps(films: Path, parts: Path, output: Path, cache: Path, sharding: Any) -> None:
+    """Of four samples each, by two processes, or under ddp by this one."""
     loop = LoopConfig(
         output_dir=str(output),
         max_steps=3,
-        batch_size=batch_size,
+        batch_size=4 if sharding == "ddp" else 2,
         # With a large eps an update follows its gradient; with a small one, the sign of a rounding error.
         optimizer=OptimizerConfig(learning_rate=0.02, weight_decay=0.1, eps=0.01),
         schedule=ScheduleConfig("constant"),
@@ -151,7 +152,7 @@ def test_two_processes_with_half_the_weights_each_equal_one(
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
     done = subprocess.run([*launcher, "fsdp2", films, parts, tmp_path / "two", cache], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    three_steps(films, parts, tmp_path / "one", cache, "ddp", 4)
+    three_steps(films, parts, tmp_path / "one", cache, "ddp")
     one, two = (
         load_file(tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors") for name in ("one", "two")
     )
@@ -174,4 +175,4 @@ if __name__ == "__main__":
     elif sys.argv[1] == "whole":
         train_transformer(long_run(films_, parts_, output_, cache_[0] if cache_ else None))
     else:
-        three_steps(films_, parts_, output_, cache_[0], sys.argv[1], 2)
+        three_steps(films_, parts_, output_, cache_[0], sys.argv[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from fsdit.preparation.cache import make_cache
 from fsdit.preparation.config import CacheConfig
 from fsdit.training import run as training
 from fsdit.training.config import TransformerConfig
-from fsdit.training.data import CachedLatents
+from fsdit.training.data import CachedLatents, Samples
 from fsdit.training.run import train_transformer
 from fsdit.training.task import FlowMatchingTask
 
@@ -81,7 +82,7 @@ def task_of(parts: Path, config: TransformerConfig, cache: Path, **options: Any)
     torch.nn.init.normal_(transformer.head.head.weight, std=0.2)
     data = CachedLatents(cache)
     empty = pad_text([data.empty_text], data.text_len)[0]
-    return FlowMatchingTask(transformer, None, None, config, empty_text=empty, **options)
+    return FlowMatchingTask(transformer, None, config, clips=Samples(empty_text=empty, **options))
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -103,7 +104,7 @@ def test_a_cache_trains_as_the_files_do(films: Path, parts: Path, cache: Path, t
     task = task_of(parts, config, cache)
     encoders = training.load_encoders(config.encoders, 32)
     autoencoder = FSAE.from_pretrained(parts / "autoencoder")
-    other = FlowMatchingTask(task.transformer, *encoders, config, autoencoder)
+    other = FlowMatchingTask(task.transformer, encoders, config, autoencoder)
     for seed in range(3):  # which drops several captions
         losses = [t.loss(b, seeded(seed))["loss"].item() for t, b in ((task, kept), (other, fresh))]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -223,25 +224,28 @@ def test_samples_are_written_as_videos_with_their_captions(
         assert len(list((output / "validation").glob("*-samples.png"))) == 2
 
 
-@pytest.mark.parametrize("mixture", [False, True])
-def test_clips_without_captions_are_told_by_one_process(
-    films: Path,
-    parts: Path,
-    cache: Path,
-    tmp_path: Path,
-    mixture: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def told(**changes: Any) -> str:
-        with pytest.raises(Stop):
-            train_transformer(configuration(films, parts, tmp_path / "run", **changes))
-        return capsys.readouterr().err
+@pytest.fixture
+def told(
+    films: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """What a training says before it loads its encoders."""
 
     def stop(*_: Any) -> None:
         raise Stop
 
+    def call(**changes: Any) -> str:
+        with pytest.raises(Stop):
+            train_transformer(configuration(films, parts, tmp_path / "run", **changes))
+        return capsys.readouterr().err
+
     monkeypatch.setattr(training, "_encoders", stop)
+    return call
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_clips_without_captions_are_told_by_one_process(
+    films: Path, cache: Path, tmp_path: Path, mixture: bool, told: Callable[..., str]
+) -> None:
     source = {"buckets": [BucketConfig(5, height=64, width=64)]} if mixture else {}
     rows = [{"path": str(films / "coffee-up.mp4"), "caption": caption} for caption in ("up", "", " ")]
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -249,8 +253,9 @@ def test_clips_without_captions_are_told_by_one_process(
     assert "none of 24 clips has a caption" in told(data=str(films), **source)
     assert "caption" not in told(**source)
     assert "caption" not in told(cache=[str(cache)])
-    monkeypatch.setenv("RANK", "1")
-    assert "caption" not in told(data=str(films), **source)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("RANK", "1")
+        assert "caption" not in told(data=str(films), **source)
 
 
 def test_single_frames_are_pictures(films: Path, parts: Path, tmp_path: Path) -> None:
@@ -293,7 +298,9 @@ def test_a_step_leaves_nothing_behind(films: Path, parts: Path, cache: Path, tmp
 
     config = configuration(films, parts, tmp_path, cache=[str(cache)], max_steps=4, validate_every=2)
     task, data = task_of(parts, config, cache), CachedLatents(cache)
-    watched = Watched(task.transformer, None, None, config, None, data.collate([data[0]]), task.empty_text)
+    watched = Watched(
+        task.transformer, None, config, clips=Samples(batch=data.collate([data[0]]), empty_text=task.empty_text)
+    )
     training.train(watched, data, config.loop, data.collate)
     assert len(losses) == 4
 

@@ -25,25 +25,14 @@ from fsupsampler.refiner import (
     refiner_condition,
 )
 
-TINY: dict[str, Any] = {
-    "dim": 16,
-    "ffn_dim": 16,
-    "num_heads": 2,
-    "num_layers": 2,
-    "freq_dim": 16,
-    "text_dim": 8,
-    "text_len": 4,
-    "image_dim": 8,
-    "latent_channels": 5,
-}
-
 
 def latents(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def formula(z: np.ndarray, u: np.ndarray, low: float, high: float, e5: float, e95: float) -> np.ndarray:
+def formula(z: np.ndarray, u: np.ndarray, mask: DynamicMask) -> np.ndarray:
     """m(h, w) of one sample, cell by cell; z is C h w and u is C t h w."""
+    low, high, e5, e95 = (mask.config[name] for name in ("low", "high", "error_5", "error_95"))
     out = np.empty(z.shape[1:])
     for i in range(z.shape[1]):
         for j in range(z.shape[2]):
@@ -61,7 +50,7 @@ def test_the_condition_is_the_formula() -> None:
     assert torch.equal(condition.latents[:, :, 1:], upsampled[:, :, 1:])
     assert condition.mask[:, :, 0].eq(1).all()
     for sample in range(2):
-        expected = formula(first[sample, :, 0].numpy(), upsampled[sample].numpy(), 0.2, 0.8, 0.7, 1.4)
+        expected = formula(first[sample, :, 0].numpy(), upsampled[sample].numpy(), mask)
         for channel in range(4):
             for frame in range(1, 4):
                 found = condition.mask[sample, channel, frame].numpy()
@@ -207,7 +196,7 @@ class ToyPipeline(DiffusionPipeline):
 
 def test_a_pipeline_saves_and_loads_upsampler_and_mask(tmp_path: Path) -> None:
     mask = DynamicMask(0.2, 0.8, error_5=0.123456789, error_95=0.987654321, inverted=True)
-    upsampler = LatentUpsampler(latent_channels=6, mid_channels=8, num_blocks=1, norm_groups=4)
+    upsampler = LatentUpsampler.from_preset("tiny")
     ToyPipeline(upsampler, mask).save_pretrained(tmp_path)
     assert (tmp_path / "dynamic_mask" / "mask_config.json").is_file()
     loaded = ToyPipeline.from_pretrained(tmp_path, dtype=torch.float16)
@@ -241,21 +230,7 @@ def test_the_deviation_estimate_is_the_truth_off_by_the_velocitys_error(level: f
 
 def test_deviation_latents_ask_the_base_model_once_at_sigma() -> None:
     torch.manual_seed(0)
-    base = (
-        FSDiT(
-            dim=16,
-            ffn_dim=16,
-            num_heads=2,
-            num_layers=2,
-            freq_dim=16,
-            text_dim=8,
-            text_len=4,
-            image_dim=8,
-            latent_channels=5,
-        )
-        .double()
-        .eval()
-    )
+    base = FSDiT.from_preset("tiny", text_dim=8, text_len=4, image_dim=8, latent_channels=5).double().eval()
     torch.nn.init.normal_(base.head.head.weight, std=0.2)
     clean, noise = latents(2, 5, 3, 2, 2), latents(2, 5, 3, 2, 2, seed=1)
     sigma = FlowSchedule().sample(2, torch.Generator().manual_seed(0)).double()

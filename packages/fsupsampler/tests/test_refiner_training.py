@@ -21,38 +21,19 @@ from fsae.errors import UserError
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
 from fsdit import FSDiT
-from fsdit.conditioning import FlowBatch, ImageEncoder, TextEncoder, first_frame_condition, nano_tokenizer
-from fsdit.conditioning.nano import nano_image_encoder, nano_text_encoder
+from fsdit.conditioning import Encoders, FlowBatch, ImageEncoder, TextEncoder, first_frame_condition, nano_tokenizer
+from fsdit.conditioning.nano import new_image_encoder, new_text_encoder
 from fsdit.flow.path import FlowSchedule
 from fsdit.preparation.cache import make_cache
 from fsdit.preparation.config import CacheConfig
+from fsdit.training.data import Samples
 from fsupsampler import LatentUpsampler
 from fsupsampler.refiner import DynamicMask, deviation_latents, refiner_condition
 from fsupsampler.training import refiner as training
 from fsupsampler.training.config import MaskConfig, RefinerConfig, RegularizationConfig
-from fsupsampler.training.refiner import RefinerTask, train_refiner
+from fsupsampler.training.refiner import FrozenParts, RefinerTask, train_refiner
 from fsupsampler.upsampler import nearest_upsample
 
-UPSAMPLER: dict[str, Any] = {"latent_channels": 4, "mid_channels": 8, "num_blocks": 1, "norm_groups": 4}
-SMALL: dict[str, Any] = {
-    "dim": 48,
-    "ffn_dim": 96,
-    "num_heads": 2,
-    "num_layers": 2,
-    "freq_dim": 32,
-    "text_dim": 128,
-    "text_len": 8,
-    "image_dim": 128,
-    "latent_channels": 4,
-}
-TINY_FSAE: dict[str, Any] = {
-    "widths": (8, 8, 16, 16, 16, 16, 16),
-    "encoder_depths": (1, 1, 1, 1, 1, 1, 1),
-    "decoder_depths": (1, 1, 1, 1, 1, 1, 1),
-    "latent_channels": 4,
-    "attention_head_dim": 8,
-    "injection_head_dim": 8,
-}
 NONE = RegularizationConfig(dropout=0.0, replacement=0.0, shuffle=0.0)
 
 
@@ -71,19 +52,20 @@ def settings(tmp_path: Path, **changes: Any) -> RefinerConfig:
     return RefinerConfig(data="", autoencoder="", upsampler="", encoders="", loop=loop, **options)
 
 
-def encoders() -> tuple[TextEncoder, ImageEncoder]:
+def encoders() -> Encoders:
     torch.manual_seed(0)
-    return TextEncoder(nano_text_encoder(), nano_tokenizer(), 8), ImageEncoder(nano_image_encoder())
+    text = TextEncoder(new_text_encoder("tiny"), nano_tokenizer(), 16)
+    return Encoders(text, ImageEncoder(new_image_encoder("tiny")))
 
 
 def transformer(seed: int = 0) -> FSDiT:
     torch.manual_seed(seed)
-    return FSDiT(**SMALL)
+    return FSDiT.from_preset("tiny", latent_channels=4)
 
 
 def upsampler() -> LatentUpsampler:
     torch.manual_seed(0)
-    model = LatentUpsampler(**UPSAMPLER)
+    model = LatentUpsampler.from_preset("tiny", latent_channels=4)
     nn.init.normal_(model.conv_out.weight, std=0.02)
     return model.eval()
 
@@ -113,7 +95,7 @@ class Oracle(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-        peer = FSDiT(**SMALL)
+        peer = FSDiT.from_preset("tiny", latent_channels=4)
         self.config, self.public_config = peer.config, peer.public_config
 
     def forward(self, inputs: Tensor, timestep: Tensor, text: Tensor, image: Tensor) -> Tensor:
@@ -131,7 +113,7 @@ class Oracle(nn.Module):
 def oracle_task(tmp_path: Path, **changes: Any) -> tuple[Oracle, RefinerTask]:
     base = changes.pop("base", None)
     oracle = Oracle()
-    return oracle, RefinerTask(oracle, *encoders(), upsampler(), settings(tmp_path, **changes), base=base)
+    return oracle, RefinerTask(oracle, encoders(), FrozenParts(upsampler(), base=base), settings(tmp_path, **changes))
 
 
 # --- what the refiner is shown ----
@@ -263,7 +245,7 @@ def test_with_a_base_model_drafts_are_made_of_its_estimates(tmp_path: Path) -> N
 def test_only_the_refiner_is_trained(tmp_path: Path) -> None:
     model = transformer()
     nn.init.normal_(model.head.head.weight)
-    task = RefinerTask(model, *encoders(), upsampler().requires_grad_(False), settings(tmp_path))
+    task = RefinerTask(model, encoders(), FrozenParts(upsampler().requires_grad_(False)), settings(tmp_path))
     assert set(task.modules) == {"transformer", "mask"}
     assert set(task.frozen) == {"text_encoder", "image_encoder", "upsampler"}
     task.loss(batch(), generator())["loss"].backward()
@@ -279,7 +261,7 @@ def trained_loss(tmp_path: Path, mismatched: bool) -> tuple[float, float]:
     data = pairs(mismatched=mismatched)
     config = settings(tmp_path / str(mismatched), max_steps=40, flow=FlowSchedule(4.0))
     held_out = default_collate([data[i] for i in range(32)])
-    task = RefinerTask(transformer(), *encoders(), upsampler(), config, validation=held_out)
+    task = RefinerTask(transformer(), encoders(), FrozenParts(upsampler()), config, Samples(batch=held_out))
 
     def loss() -> float:
         for module in task.modules.values():
@@ -302,7 +284,7 @@ def test_it_learns_and_uses_the_draft(tmp_path: Path) -> None:
 def test_a_resumed_run_has_the_weights_and_percentiles_of_one_in_a_go(tmp_path: Path) -> None:
     def run(name: str, steps: int) -> RefinerTask:
         config = settings(tmp_path / name, max_steps=steps, regularization=RegularizationConfig(), caption_dropout=0.1)
-        task = RefinerTask(transformer(), *encoders(), upsampler(), config)
+        task = RefinerTask(transformer(), encoders(), FrozenParts(upsampler()), config)
         train(task, pairs(), config.loop)
         return task
 
@@ -323,7 +305,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An autoencoder, an upsampler, a transformer and encoders, saved."""
     root = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
-    FSAE(**TINY_FSAE).save_pretrained(root / "fsae")
+    FSAE.from_preset("tiny", latent_channels=4).save_pretrained(root / "fsae")
     upsampler().save_pretrained(root / "up")
     transformer().save_pretrained(root / "dit")
     text, image = encoders()
@@ -367,7 +349,8 @@ def test_a_cache_of_pairs_trains_as_its_videos_do(
     write_video(tmp_path / "clips" / "0.mp4", [np.roll(picture, 3 * k, 1) for k in range(5)], 8)
     (tmp_path / "clips.csv").write_text("path,caption\nclips/0.mp4,pan left\n")
     made: dict[str, Any] = {"data": str(tmp_path / "clips.csv"), "clips": ClipsConfig(5, 128, 128)}
-    made |= {"autoencoder": str(folders / "fsae"), "latents": "fp32", "text_len": 8, "pairs": True, "device": "cpu"}
+    made |= {"autoencoder": str(folders / "fsae"), "latents": "fp32", "text_len": 16, "pairs": True, "device": "cpu"}
+    made["image_size"] = 16  # as the image encoder takes them
     embedded, plain = str(tmp_path / "embedded"), str(tmp_path / "plain")
     make_cache(CacheConfig(output=embedded, encoders=str(folders / "encoders"), **made))
     make_cache(CacheConfig(output=plain, **made))
@@ -399,7 +382,7 @@ def test_a_cache_of_pairs_trains_as_its_videos_do(
     assert not torch.equal(FSDiT.from_pretrained(saved).head.head.weight, transformer().head.head.weight)
     others = tmp_path / "others"
     shutil.copytree(folders / "encoders", others)
-    nano_image_encoder().save_pretrained(others / "image_encoder")
+    new_image_encoder().save_pretrained(others / "image_encoder")
     with pytest.raises(UserError, match="was made with other encoders than"):
         train_refiner(replace(config, data=embedded, encoders=str(others)))
 
@@ -432,10 +415,6 @@ def test_wrong_settings_are_sentences(tmp_path: Path, folders: Path) -> None:
     with pytest.raises(UserError, match="mask.low is .*; it must be at most mask.high"):
         MaskConfig(low=0.9, high=0.1)
     with pytest.raises(UserError, match="latents_std is not the autoencoder's"):
-        RefinerTask(
-            transformer(),
-            *encoders(),
-            LatentUpsampler(**UPSAMPLER, latents_std=[2.0] * 4),
-            config,
-            FSAE(**TINY_FSAE),
-        )
+        other = LatentUpsampler.from_preset("tiny", latent_channels=4, latents_std=[2.0] * 4)
+        parts = FrozenParts(other, FSAE.from_preset("tiny", latent_channels=4))
+        RefinerTask(transformer(), encoders(), parts, config)

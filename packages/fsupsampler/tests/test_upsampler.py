@@ -16,14 +16,14 @@ from fsae.errors import UserError
 from fsupsampler import LatentUpsampler
 from fsupsampler.upsampler import nearest_upsample
 
-SMALL: dict[str, Any] = {"latent_channels": 6, "mid_channels": 8, "num_blocks": 3, "norm_groups": 4}
+SMALL: dict[str, Any] = {"latent_channels": 6, "num_blocks": 3}
 MEAN, STD = [0.3, -0.2, 0.0, 1.0, -1.0, 0.1], [0.5, 2.0, 1.0, 0.7, 1.3, 0.9]
 
 
 def randomised(**options: Any) -> LatentUpsampler:
     """A small upsampler whose every weight counts, the zero ones of the start as well."""
     torch.manual_seed(0)
-    model = LatentUpsampler(**{**SMALL, **options}).double()
+    model = LatentUpsampler.from_preset("tiny", **{**SMALL, **options}).double()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model
@@ -48,14 +48,14 @@ def test_parameter_count_is_the_arithmetic(preset: str, channels: int, mid: int,
 @pytest.mark.parametrize("shape", [(1, 1, 2, 2), (2, 3, 2, 3), (1, 9, 1, 1), (2, 1, 1, 1)])
 def test_height_and_width_double(shape: tuple[int, int, int, int]) -> None:
     batch, t, h, w = shape
-    model = LatentUpsampler(**SMALL)
+    model = LatentUpsampler.from_preset("tiny", **SMALL)
     assert model(torch.randn(batch, 6, t, h, w)).shape == (batch, 6, t, 2 * h, 2 * w)
 
 
 @pytest.mark.parametrize("statistics", [False, True])
 def test_untrained_it_copies_each_cell_into_four(statistics: bool) -> None:
     options = {"latents_mean": MEAN, "latents_std": STD} if statistics else {}
-    model = LatentUpsampler(**SMALL, **options).double()
+    model = LatentUpsampler.from_preset("tiny", **SMALL, **options).double()
     latents = torch.randn(1, 6, 3, 2, 3, dtype=torch.float64)
     copied = F.interpolate(latents, scale_factor=(1, 2, 2), mode="nearest")
     assert torch.allclose(model(latents), copied, rtol=0, atol=1e-14)
@@ -190,9 +190,9 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
 )
 def test_an_impossible_configuration_is_a_sentence(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        LatentUpsampler(**{**SMALL, **options})
+        LatentUpsampler.from_preset("tiny", **{**SMALL, **options})
 
 
 def test_wrong_channels_are_refused() -> None:
     with pytest.raises(ValueError, match="expected B 6 t h w"):
-        LatentUpsampler(**SMALL)(torch.randn(1, 5, 1, 2, 2))
+        LatentUpsampler.from_preset("tiny", **SMALL)(torch.randn(1, 5, 1, 2, 2))

@@ -26,15 +26,7 @@ from fsupsampler.training.config import UpsamplerConfig, UpsamplerLoss
 from fsupsampler.training.upsampler import UpsamplerTask, train_upsampler
 from fsupsampler.upsampler import nearest_upsample
 
-SMALL: dict[str, Any] = {"latent_channels": 4, "mid_channels": 16, "num_blocks": 1, "norm_groups": 4}
-TINY_FSAE: dict[str, Any] = {
-    "widths": (8, 8, 16, 16, 16, 16, 16),
-    "encoder_depths": (1, 1, 1, 1, 1, 1, 1),
-    "decoder_depths": (1, 1, 1, 1, 1, 1, 1),
-    "latent_channels": 4,
-    "attention_head_dim": 8,
-    "injection_head_dim": 8,
-}
+SMALL: dict[str, Any] = {"latent_channels": 4, "mid_channels": 16}
 LATENTS_ONLY = UpsamplerLoss(latent=1.0, pixel=0.0, perceptual=0.0)
 
 
@@ -72,9 +64,13 @@ def video_batch(count: int = 2, frames: int = 5) -> dict[str, Any]:
     return default_collate([{"video": torch.rand(3, frames, 128, 128) * 2 - 1, "caption": ""} for _ in range(count)])
 
 
+def small(**options: Any) -> LatentUpsampler:
+    return LatentUpsampler.from_preset("tiny", **SMALL, **options)
+
+
 def tiny_autoencoder(**options: Any) -> FSAE:
     torch.manual_seed(0)
-    return FSAE(**TINY_FSAE, **options).eval().requires_grad_(False)
+    return FSAE.from_preset("tiny", latent_channels=4, **options).eval().requires_grad_(False)
 
 
 class Distance(nn.Module):
@@ -101,7 +97,7 @@ def test_halving_is_bicubic_frame_by_frame_and_stays_in_range() -> None:
 
 def test_loss_is_the_weighted_sum_of_equation_9() -> None:
     autoencoder, batch = tiny_autoencoder(), video_batch()
-    upsampler = LatentUpsampler(**SMALL)
+    upsampler = small()
     nn.init.normal_(upsampler.conv_out.weight, std=0.1)
     video = batch["video"]
     low, high = autoencoder.encode(halve(video)), autoencoder.encode(video)
@@ -125,13 +121,13 @@ def test_loss_is_the_weighted_sum_of_equation_9() -> None:
 def test_without_weights_on_pixels_nothing_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     autoencoder = tiny_autoencoder()
     monkeypatch.setattr(FSAE, "decode", None)
-    task = UpsamplerTask(LatentUpsampler(**SMALL), LATENTS_ONLY, autoencoder)
+    task = UpsamplerTask(small(), LATENTS_ONLY, autoencoder)
     assert set(task.loss(video_batch(), generator())) == {"loss", "latent_l1"}
 
 
 def test_pairs_give_the_loss_of_their_videos() -> None:
     autoencoder = tiny_autoencoder(latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
-    upsampler = LatentUpsampler(**SMALL, latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
+    upsampler = small(latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
     batch = video_batch()
     low, high = encode_pair(autoencoder, batch["video"])
     losses = [
@@ -143,11 +139,11 @@ def test_pairs_give_the_loss_of_their_videos() -> None:
 
 def test_mismatched_parts_are_sentences() -> None:
     with pytest.raises(UserError, match="latents_mean is not the autoencoder's"):
-        UpsamplerTask(LatentUpsampler(**SMALL), LATENTS_ONLY, tiny_autoencoder(latents_mean=[0.1] * 4))
+        UpsamplerTask(small(), LATENTS_ONLY, tiny_autoencoder(latents_mean=[0.1] * 4))
     with pytest.raises(UserError, match="needs the autoencoder"):
-        UpsamplerTask(LatentUpsampler(**SMALL), UpsamplerLoss())
+        UpsamplerTask(small(), UpsamplerLoss())
     with pytest.raises(UserError, match="give the autoencoder"):
-        UpsamplerTask(LatentUpsampler(**SMALL), LATENTS_ONLY).loss(video_batch(), generator())
+        UpsamplerTask(small(), LATENTS_ONLY).loss(video_batch(), generator())
     with pytest.raises(UserError, match=r"loss\.pixel"):
         UpsamplerLoss(pixel=-1.0)
 
@@ -165,7 +161,7 @@ def test_it_learns_detail_that_copying_and_bicubic_lack(tmp_path: Path) -> None:
 
     def trained(data: list[dict[str, Tensor]], name: str) -> tuple[float, float]:
         torch.manual_seed(0)
-        upsampler = LatentUpsampler(**SMALL)
+        upsampler = small()
         task = UpsamplerTask(upsampler, LATENTS_ONLY)
         before = error(upsampler(unseen_low))
         train(task, data, loop(tmp_path / name))
@@ -184,11 +180,11 @@ def test_it_learns_detail_that_copying_and_bicubic_lack(tmp_path: Path) -> None:
 def test_validation_measures_against_copying_and_shows_drafts() -> None:
     autoencoder, batch = tiny_autoencoder(), video_batch()
     with torch.no_grad():
-        task = UpsamplerTask(LatentUpsampler(**SMALL), UpsamplerLoss(), autoencoder, validation=batch)
+        task = UpsamplerTask(small(), UpsamplerLoss(), autoencoder, validation=batch)
         result = task.validate(0)
     assert result["latent_l1"].item() == pytest.approx(result["nearest_l1"].item(), rel=1e-5)
     assert result["drafts"].shape == (3, 2 * 128, 2 * 3 * 128)  # videos over drafts; two clips, three frames
-    assert UpsamplerTask(LatentUpsampler(**SMALL), LATENTS_ONLY).validate(0) == {}
+    assert UpsamplerTask(small(), LATENTS_ONLY).validate(0) == {}
 
 
 # --- from videos to a folder ----
@@ -196,7 +192,9 @@ def test_validation_measures_against_copying_and_shows_drafts() -> None:
 
 def settings(tmp_path: Path, **changes: Any) -> UpsamplerConfig:
     tiny_autoencoder(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.5] * 4).save_pretrained(tmp_path / "fsae")
-    LatentUpsampler(**SMALL, latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.5] * 4).save_pretrained(tmp_path / "up")
+    LatentUpsampler.from_preset(
+        "tiny", **SMALL, latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.5] * 4
+    ).save_pretrained(tmp_path / "up")
     options: dict[str, Any] = {
         "clips": ClipsConfig(1, 128, 128),
         "model": str(tmp_path / "up"),
@@ -240,10 +238,9 @@ def test_from_a_cache_of_pairs_of_several_sizes(tmp_path: Path) -> None:
         train_upsampler(replace(config, model=str(tmp_path / "up")))
 
 
-def test_a_preset_takes_the_autoencoders_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LatentUpsampler, "presets", {"toy": SMALL})
+def test_a_preset_takes_the_autoencoders_statistics(tmp_path: Path) -> None:
     videos = [{"video": torch.rand(3, 1, 128, 128) * 2 - 1, "caption": ""} for _ in range(2)]
-    (folder,) = train_upsampler(settings(tmp_path, model="toy"), dataset=videos)
+    (folder,) = train_upsampler(settings(tmp_path, model="tiny"), dataset=videos)
     config = LatentUpsampler.from_pretrained(folder).config
     assert config.latents_mean == [0.1, 0.2, 0.3, 0.4] and config.latents_std == [1.5] * 4
 

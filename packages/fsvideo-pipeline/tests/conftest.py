@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from fsae.model import FSAE
-from fsdit.conditioning import nano_tokenizer
+from fsdit.conditioning.nano import nano_tokenizer, new_image_encoder, new_text_encoder
 from fsdit.model import FSDiT
 from fsupsampler.refiner import DynamicMask
 from fsupsampler.upsampler import LatentUpsampler
@@ -23,52 +22,16 @@ SETTINGS = Settings(
 )
 
 
-def tiny_dit() -> FSDiT:
-    return FSDiT(
-        dim=32,
-        ffn_dim=48,
-        num_heads=2,
-        num_layers=2,
-        text_dim=16,
-        text_len=24,
-        image_dim=16,
-        latent_channels=8,
-    )
-
-
 def tiny_components() -> dict[str, object]:
-    autoencoder = FSAE(
-        widths=(8,) * 7,
-        encoder_depths=(1,) * 7,
-        decoder_depths=(1,) * 7,
-        latent_channels=8,
-        injection_head_dim=8,
-        attention_head_dim=8,
-        noise=0.05,
-        latents_mean=[0.1] * 8,
-        latents_std=[0.5] * 8,
-    )
-    text = UMT5Config(
-        vocab_size=384, d_model=16, d_kv=8, num_heads=2, num_layers=1, d_ff=24, feed_forward_proj="gated-gelu"
-    )
-    clip = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=16,
-    )
+    statistics = {"latents_mean": [0.1] * 8, "latents_std": [0.5] * 8}
     return {
-        "autoencoder": autoencoder,
-        "text_encoder": UMT5EncoderModel(text),
+        "autoencoder": FSAE.from_preset("tiny", noise=0.05, **statistics),
+        "text_encoder": new_text_encoder("tiny"),
         "tokenizer": nano_tokenizer(),
-        "image_encoder": CLIPVisionModel(clip),
-        "transformer": tiny_dit(),
-        "upsampler": LatentUpsampler(
-            latent_channels=8, mid_channels=8, num_blocks=1, norm_groups=4, latents_std=[0.5] * 8
-        ),
-        "refiner": tiny_dit(),
+        "image_encoder": new_image_encoder("tiny"),
+        "transformer": FSDiT.from_preset("tiny", text_len=24),
+        "upsampler": LatentUpsampler.from_preset("tiny", latents_std=[0.5] * 8),
+        "refiner": FSDiT.from_preset("tiny", text_len=24),
         "mask": DynamicMask(error_95=2.0),
     }
 

@@ -217,7 +217,6 @@ def test_fps_and_keep_latents_reach_the_files(
 def test_the_latents_outlive_a_failure_after_sampling(
     failing: str,
     command: Callable[..., int],
-    pipeline: FSVideoPipeline,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -225,7 +224,7 @@ def test_the_latents_outlive_a_failure_after_sampling(
     def fail(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline if failing == "decode" else generate, failing, fail, raising=False)
+    monkeypatch.setattr(FSVideoPipeline if failing == "decode" else generate, failing, fail)
     assert command() == 130
     assert names(tmp_path) == {"photo.png", "out.latents.safetensors"}
     assert "the latents are saved in" in capsys.readouterr().err
@@ -347,19 +346,18 @@ def test_an_output_that_cannot_be_written_is_one_sentence_before_any_work(
     assert names(tmp_path) == {"photo.png", "folder.mp4"}
 
 
+@pytest.fixture
+def broken(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the model, to be damaged."""
+    return Path(shutil.copytree(saved, tmp_path_factory.mktemp("broken") / "model"))
+
+
 @pytest.mark.parametrize("component", ["text_encoder", "transformer"])
 @pytest.mark.parametrize("damage", ["missing", "cut short"])
 def test_a_broken_model_is_one_sentence(
-    component: str,
-    damage: str,
-    saved: Path,
-    photo_file: Path,
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    capsys: pytest.CaptureFixture[str],
+    component: str, damage: str, broken: Path, photo_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tmp_path_factory.mktemp("broken") / "model"
-    shutil.copytree(saved, model)
+    model, tmp_path = broken, photo_file.parent
     weights = next((model / component).glob("*.safetensors"))
     if damage == "missing":
         weights.unlink()

@@ -30,15 +30,8 @@ PAPER = Compression(64, 4)
 def finer(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder whose latents are 16 pixels wide and 2 frames long."""
     folder = Path(shutil.copytree(saved, tmp_path_factory.mktemp("models") / "finer"))
-    autoencoder = FSAE(
-        widths=(8,) * 5,
-        encoder_depths=(1,) * 5,
-        decoder_depths=(1,) * 5,
-        temporal_stages=1,
-        latent_channels=8,
-        injection_head_dim=8,
-        attention_head_dim=8,
-    )
+    depths = dict.fromkeys(("encoder_depths", "decoder_depths"), (1,) * 5)
+    autoencoder = FSAE.from_preset("tiny", widths=(8,) * 5, temporal_stages=1, **depths, frame_matching=False)
     autoencoder.save_pretrained(folder / "autoencoder")
     return folder
 

@@ -14,4 +14,4 @@ if TYPE_CHECKING:
 
 __all__ = ["FSAE", "UserError", "__version__"]
 
-__getattr__, __dir__ = lazy_exports(__name__, {"FSAE": "fsae.model", "UserError": "fsae.errors"})
+__getattr__, __dir__ = lazy_exports(__name__, model="FSAE", errors="UserError")

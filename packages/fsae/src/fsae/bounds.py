@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from fsae.errors import require
 
@@ -49,6 +50,19 @@ def check(config: Any, part: str = "") -> None:
             for accepted, holds in bounds:
                 or_null = ", or null" if optional else ""
                 require(holds(value), f"{part}.{name}" if part else name, value, accepted + or_null)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A dataclass whose values are held against their fields' bounds when it is made; errors call it `part`."""
+
+    _part: ClassVar[str] = ""
+
+    def __init_subclass__(cls, part: str = "") -> None:
+        cls._part = part
+
+    def __post_init__(self) -> None:
+        check(self, self._part)
 
 
 @cache

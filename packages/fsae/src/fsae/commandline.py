@@ -79,15 +79,8 @@ def read_settings(
 ) -> Settings:
     """A training's settings: every field of the dataclass is a flag, and a key of the YAML file that `--config` names.
 
-    Args:
-        prog: the command, for its help.
-        description: what its help says.
-        settings: the dataclass.
-        argv: what was typed.
-        without: fields that have no say in this command.
-
-    Raises:
-        UserError: an option that there is none of, one that is missing, or a value that it does not take.
+    `without` names fields that have no say in this command. UserError for an option that there is none of, one that is
+    missing, or a value that it does not take.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 

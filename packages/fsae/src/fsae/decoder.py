@@ -121,9 +121,7 @@ class Decoder(Recomputed):
         if injection is not None and injection.sampling:
             width = stack.widths[min(self.outer_stages.count, len(stack.widths) - 1)]
             time, cell = stack.compression.time, self.outer_stages.cell
-            self.motion = MotionField(
-                width, stack.latent_channels, frames=time, cell=cell, eps=style.eps, norm_affine=style.norm_affine
-            )
+            self.motion = MotionField(width, stack.latent_channels, frames=time, cell=cell, style=style)
         self.norm_out = PixelNorm(stack.widths[0], style.eps, style.norm_affine)
         self.conv_out = VideoConv3d(stack.widths[0], 3, time=style.time, group=stack.compression.time)
 

@@ -10,11 +10,7 @@ from fsae.errors import UserError
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of a name, or without one the accelerator if there is one.
-
-    Raises:
-        UserError: there is no such device, or it computes nothing.
-    """
+    """The device of a name, or without one the accelerator if there is one; UserError if it is none that computes."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)

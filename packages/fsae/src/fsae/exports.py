@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 
-def lazy_exports(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """A package's `__getattr__` and `__dir__`.
-
-    Args:
-        package: its `__name__`.
-        modules: public name -> the module that holds it.
-    """
+def lazy_exports(package: str, **names_of: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """A package's `__getattr__` and `__dir__`; `names_of` are its submodules, each with the public names it holds."""
+    modules = {name: f"{package}.{module}" for module, names in names_of.items() for name in names.split()}
 
     def load(name: str) -> Any:
         if name not in modules:

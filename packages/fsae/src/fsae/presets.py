@@ -42,4 +42,12 @@ NANO: dict[str, Any] = {
     "noise": 0.0,
 }
 
-PRESETS: dict[str, dict[str, Any]] = {"standard": STANDARD, "lite": LITE, "nano": NANO}
+# For tests: seconds on a laptop.
+TINY: dict[str, Any] = NANO | {
+    "widths": (8,) * 7,
+    "latent_channels": 8,
+    "injection_head_dim": 8,
+    "attention_head_dim": 8,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {"standard": STANDARD, "lite": LITE, "nano": NANO, "tiny": TINY}

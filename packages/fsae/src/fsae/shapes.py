@@ -79,3 +79,6 @@ class Compression:
     def rate(self, stage: int) -> int:
         """Frames of a stage's features that stand for one latent: `time`, half of it, ... down to 1."""
         return max(self.time >> stage, 1)
+
+
+PAPER = Compression(64, 4)  # and every preset's

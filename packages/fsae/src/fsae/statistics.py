@@ -10,10 +10,7 @@ from torch import Tensor
 def latent_statistics(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents, each `1 C 1 1 1`, in the dtype and on the device of `like`.
 
-    Args:
-        config: a model's configuration, with `latent_channels`, and `latents_mean` and `latents_std`, C numbers each;
-            None is 0 and 1.
-        like: a tensor that is computed on.
+    config: of a model, with `latent_channels`, `latents_mean` and `latents_std`, C numbers each; None is 0 and 1.
     """
     ones = [1.0] * config.latent_channels
     mean = [0.0] * config.latent_channels if config.latents_mean is None else config.latents_mean

@@ -13,4 +13,4 @@ if TYPE_CHECKING:
 
 __all__ = ["FSDiT", "__version__"]
 
-__getattr__, __dir__ = lazy_exports(__name__, {"FSDiT": "fsdit.model"})
+__getattr__, __dir__ = lazy_exports(__name__, model="FSDiT")

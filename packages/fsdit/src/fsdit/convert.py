@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fsdit.wan.convert import from_wan
+from fsdit.wan.convert import WanImport, from_wan
 
-__all__ = ["from_wan"]
+__all__ = ["WanImport", "from_wan"]

@@ -38,15 +38,8 @@ class ContextParallel:
 
     All of them call the model alike, with the same inputs, and all receive the whole output.
 
-    Args:
-        group: a torch process group; None for all processes.
-
-    Attributes:
-        rank: this process in the group.
-        size: processes in the group.
-
     Raises:
-        UserError: the processes do not know of each other yet, or this one is not of the group.
+        UserError: the processes do not know of each other yet, or this one is not of the group (None is all of them).
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -79,17 +72,12 @@ class ContextParallel:
         return parts.movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, length)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attention: Attention, length: int) -> Tensor:
-        """Self-attention of the whole sequence, with the heads shared out.
+        """Self-attention of the whole sequence, N = `length` tokens, with the heads shared out; zero for padding
+        tokens.
 
-        Args:
-            query: this process's tokens, `B n heads head_dim`; sent in the dtype of `value`, as attention has it.
-            key: of the same shape, sent in the same dtype.
-            value: of the same shape.
-            attention: called once, with all tokens of this process's heads: `B N ceil(heads / size) head_dim`.
-            length: N, without padding.
-
-        Returns:
-            `B n heads head_dim`; zero for padding tokens.
+        Query, key and value are this process's tokens, `B n heads head_dim`, as is the result; they are sent in the
+        dtype of `value`. `attention` is called once, with all tokens of this process's heads: `B N ceil(heads / size)
+        head_dim`.
         """
         heads = query.shape[2]
         mine = self._to_heads([query.to(value.dtype), key.to(value.dtype), value], length)

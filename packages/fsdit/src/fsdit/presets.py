@@ -1,4 +1,4 @@
-"""Named FSDiT configurations. Sizes differ by these numbers alone; the code is one."""
+"""Named configurations of FSDiT and of encoders new to it. Sizes differ by these numbers alone; the code is one."""
 
 from __future__ import annotations
 
@@ -24,5 +24,43 @@ PRESETS: dict[str, dict[str, Any]] = {
         "text_dim": 128,
         "text_len": 128,
         "image_dim": 128,
+    },
+    # For tests: seconds on a laptop.
+    "tiny": {
+        "dim": 64,
+        "ffn_dim": 128,
+        "num_heads": 2,
+        "num_layers": 3,
+        "freq_dim": 64,
+        "text_dim": 32,
+        "text_len": 16,
+        "image_dim": 16,
+        "latent_channels": 8,
+    },
+}
+
+# UMT5 over bytes; nano: 0.4 M parameters.
+TEXT_ENCODERS: dict[str, dict[str, Any]] = {
+    "nano": {"d_model": 128, "d_kv": 32, "num_heads": 4, "num_layers": 2, "d_ff": 256, "dropout_rate": 0.0},
+    "tiny": {"d_model": 32, "d_kv": 16, "num_heads": 2, "num_layers": 1, "d_ff": 32, "dropout_rate": 0.0},
+}
+
+# CLIP vision towers; nano: 0.7 M parameters, 64 x 64 pixels to 17 tokens.
+IMAGE_ENCODERS: dict[str, dict[str, Any]] = {
+    "nano": {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 64,
+        "patch_size": 16,
+    },
+    "tiny": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
     },
 }

@@ -13,4 +13,4 @@ if TYPE_CHECKING:
 
 __all__ = ["LatentUpsampler", "__version__"]
 
-__getattr__, __dir__ = lazy_exports(__name__, {"LatentUpsampler": "fsupsampler.upsampler"})
+__getattr__, __dir__ = lazy_exports(__name__, upsampler="LatentUpsampler")

@@ -29,14 +29,8 @@ MaskRule = Callable[[Tensor], Tensor]
 def error_map(first_latent: Tensor, upsampled: Tensor) -> Tensor:
     """e(h, w) = mean over channels of |z_hr - U_0|: how wrong the draft is where the truth is known.
 
-    The paper (§2.4.2) writes |z - ẑ| for tensors of two resolutions; both are taken at the high one here.
-
-    Args:
-        first_latent: z_hr, the image's latent, `B C 1 h w`.
-        upsampled: U, `B C t h w`.
-
-    Returns:
-        `B 1 1 h w`, at least float32.
+    The paper (§2.4.2) writes |z - ẑ| for tensors of two resolutions; both are taken at the high one here: z_hr, the
+    image's latent, `B C 1 h w`, and U `B C t h w` -> `B 1 1 h w`, at least float32.
     """
     draft = upsampled[:, :, :1]
     if first_latent.shape != draft.shape:
@@ -103,10 +97,6 @@ class RunningMask(nn.Module):
     Each error map seen in training mode moves them: a plain average of the first maps' percentiles, then an
     exponential one. They are buffers, so that they are saved and resumed with the run. Processes that train together
     move theirs by the mean of what they saw, so that all hold the same.
-
-    Args:
-        mask: range and switches.
-        decay: of the exponential average.
     """
 
     error_5: Tensor
@@ -129,16 +119,9 @@ class RunningMask(nn.Module):
 
     def frozen(self) -> DynamicMask:
         """The mask for inference, with the percentiles found so far."""
-        config = self.mask.config
+        kept = {name: self.mask.config[name] for name in ("low", "high", "scalar", "inverted")}
         error_5, error_95 = (float(bound) for bound in self._bounds())
-        return DynamicMask(
-            low=config.low,
-            high=config.high,
-            error_5=error_5,
-            error_95=error_95,
-            scalar=config.scalar,
-            inverted=config.inverted,
-        )
+        return DynamicMask(error_5=error_5, error_95=error_95, **kept)
 
     def _bounds(self) -> tuple[Tensor, Tensor]:
         """The percentiles, kept apart: equal errors everywhere would divide by zero."""
@@ -169,11 +152,8 @@ class RunningMask(nn.Module):
 def refiner_condition(first_latent: Tensor, upsampled: Tensor, mask: MaskRule, mask_channels: int = 4) -> Condition:
     """The refiner's condition: [z_hr, U_1 ... U_{t-1}], and the mask 1 at frame 0 and m(h, w) after it.
 
-    Args:
-        first_latent: z_hr, the image's latent, `B C 1 h w`.
-        upsampled: U, the upsampled base latents, `B C t h w`; frame 0 only serves to measure the error.
-        mask: a `DynamicMask`, or a `RunningMask` in training.
-        mask_channels: all carry the same value.
+    z_hr is the image's latent, `B C 1 h w`, U are the upsampled base latents, `B C t h w`; U_0 only serves to measure
+    the error. All mask channels carry the same value.
     """
     confidence = mask(error_map(first_latent, upsampled)).to(upsampled)
     batch, _, t, h, w = upsampled.shape
@@ -194,15 +174,9 @@ def deviation_estimate(noise: Tensor, predicted: Tensor) -> Tensor:
 
 @torch.no_grad()
 def deviation_latents(base: nn.Module, clean: FlowBatch, noise: Tensor, sigma: Tensor) -> Tensor:
-    """What the refiner's draft is made of in training: the base model's `deviation_estimate` at `sigma`.
-
-    Args:
-        base: the base FSDiT, in eval mode; one forward pass with its conditional branch alone.
-        clean: z_0, `B C t h w` at the low resolution, with the base model's own condition
-            (`fsdit.conditioning.first_frame_condition`) and context.
-        noise: ε, of the shape of z_0.
-        sigma: noise levels, `B`.
-    """
+    """What the refiner's draft is made of in training: the base model's `deviation_estimate` at sigma `B`, in one
+    forward pass with its conditional branch alone. `clean` are low-resolution latents with the base's own condition and
+    context."""
     inputs = model_input(interpolate(clean.latents, noise, sigma), clean.condition)
     predicted = base(inputs, TIMESTEPS * sigma, clean.context.text, clean.context.image)
     return deviation_estimate(noise, predicted.to(noise))

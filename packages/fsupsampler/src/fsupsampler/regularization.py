@@ -16,14 +16,8 @@ from fsupsampler.training.config import RegularizationConfig
 
 
 def regularize(condition: Condition, clean: Tensor, config: RegularizationConfig, generator: Generator) -> Condition:
-    """Shuffle, then replace, then drop: so true frames keep their places, and a dropped draft is dropped whole.
-
-    Args:
-        condition: as `fsupsampler.refiner.refiner_condition` makes it.
-        clean: the true high-resolution latents, `B C t h w`.
-        config: probabilities.
-        generator: CPU generator.
-    """
+    """Shuffle, then replace by `clean`, then drop: so true frames keep their places, and a dropped draft is dropped
+    whole."""
     shuffled = shuffle_frames(condition.latents, config, generator)
     replaced = replace_frames(Condition(shuffled, condition.mask), clean, config, generator)
     return drop_condition(replaced, config.dropout, generator)

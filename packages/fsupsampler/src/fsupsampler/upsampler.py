@@ -58,7 +58,7 @@ class ResBlock(nn.Module):
 
 
 class LatentUpsampler(StrictModelMixin):
-    """Spatial x2 for latents of one autoencoder; `from_preset("paper" | "nano")`.
+    """Spatial x2 for latents of one autoencoder; `from_preset("paper")`.
 
     Takes and gives latents as `FSAE.encode` returns them. The network itself sees them un-normalised, so it
     carries the autoencoder's statistics (its `latents_mean` and `latents_std`) in its own configuration.

@@ -14,11 +14,4 @@ if TYPE_CHECKING:
 
 __all__ = ["FSVideoPipeline", "Job", "VideoRequest", "__version__"]
 
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-        "FSVideoPipeline": "fsvideo_pipeline.pipeline",
-        "Job": "fsvideo_pipeline.request",
-        "VideoRequest": "fsvideo_pipeline.request",
-    },
-)
+__getattr__, __dir__ = lazy_exports(__name__, pipeline="FSVideoPipeline", request="Job VideoRequest")

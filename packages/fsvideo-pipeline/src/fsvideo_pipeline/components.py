@@ -35,11 +35,7 @@ NAMES = (*MODELS, *ENCODERS, "tokenizer", "mask")
 
 
 def check_component(name: str, folder: Path, index: dict[str, Any]) -> None:
-    """Check that the pipeline in `folder`, whose model_index.json is `index`, has this component.
-
-    Raises:
-        CheckpointError: the index does not list it, or it has no folder.
-    """
+    """CheckpointError unless the pipeline in `folder`, whose model_index.json is `index`, has this component."""
     entry = index.get(name)
     if not (isinstance(entry, list) and len(entry) == 2):
         raise CheckpointError(f"{folder / 'model_index.json'} lists no {name}; the model is incomplete, copy it again")
@@ -48,11 +44,7 @@ def check_component(name: str, folder: Path, index: dict[str, Any]) -> None:
 
 
 def load_component(name: str, folder: Path, index: dict[str, Any], dtype: torch.dtype, variant: str | None) -> Any:
-    """One component of the pipeline in `folder`, whose model_index.json is `index`; see `check_component`.
-
-    Raises:
-        CheckpointError: its files are missing, cut short or do not fit.
-    """
+    """A component that `check_component` found; CheckpointError if its files are missing, cut short or do not fit."""
     if name in MODELS:
         return MODELS[name].from_pretrained(folder, subfolder=name, torch_dtype=dtype, variant=variant)
     if name in ENCODERS:
@@ -61,9 +53,5 @@ def load_component(name: str, folder: Path, index: dict[str, Any], dtype: torch.
 
 
 def load_mask(folder: Path) -> DynamicMask:
-    """The refiner's mask rule.
-
-    Raises:
-        CheckpointError: its configuration is missing or damaged.
-    """
+    """The refiner's mask rule; CheckpointError if its configuration is missing or damaged."""
     return DynamicMask.from_config(read_json(folder / DynamicMask.config_name))

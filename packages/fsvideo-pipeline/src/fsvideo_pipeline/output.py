@@ -30,11 +30,7 @@ def latents_path(video: str | os.PathLike[str]) -> Path:
 
 
 def check_output(video: str | os.PathLike[str]) -> None:
-    """Check before any work that a video and its latents can be written.
-
-    Raises:
-        UserError: as `fsae.data.video.check_video_target` and `fsae.storage.files.check_writable`.
-    """
+    """UserError, before any work, if a video or its latents cannot be written."""
     check_video_target(video)
     check_writable(latents_path(video))
 
@@ -83,11 +79,8 @@ def save_sample(path: str | os.PathLike[str], sample: Sample) -> None:
 
 
 def load_sample(path: str | os.PathLike[str]) -> Sample:
-    """What `save_sample` wrote, for `FSVideoPipeline.decode`.
-
-    Raises:
-        CheckpointError: the file is missing, cut short, or no saved sample.
-    """
+    """What `save_sample` wrote, for `FSVideoPipeline.decode`; CheckpointError if it is missing, cut short or no
+    sample."""
     from safetensors import safe_open
 
     from fsae.storage.checkpoint import tensor_shapes

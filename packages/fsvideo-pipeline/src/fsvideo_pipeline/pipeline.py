@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -84,13 +84,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class VideoOutput:
-    """A finished video.
-
-    Attributes:
-        frames: uint8 `T H W 3`; None if latents were asked for.
-        sample: what the frames were decoded from.
-        timings: seconds of each stage.
-    """
+    """A finished video: uint8 `T H W 3` (None if latents were asked for), what it was decoded from, seconds of each
+    stage."""
 
     frames: NDArray[np.uint8] | None
     sample: Sample
@@ -98,13 +93,11 @@ class VideoOutput:
 
 
 class FSVideoPipeline(DiffusionPipeline):
-    """The models of FSVideo in a row; `from_pretrained(folder)` and `save_pretrained(folder)` in diffusers'
-    layout.
+    """The models of FSVideo in a row; `from_pretrained(folder)` and `save_pretrained(folder)` in diffusers' layout.
 
     Args:
         autoencoder: both resolutions' encoder, and the decoder.
-        text_encoder: UMT5, of the width that transformer and refiner expect.
-        tokenizer: its own.
+        text_encoder, tokenizer: UMT5, of the width that transformer and refiner expect.
         image_encoder: CLIP's vision tower.
         transformer: the base model.
         upsampler: of the base model's latents.
@@ -138,7 +131,7 @@ class FSVideoPipeline(DiffusionPipeline):
         )
         if not isinstance(settings, Settings):
             settings = Settings.from_dict(settings or {}, "the pipeline")
-        self.register_to_config(settings=settings.to_dict())
+        self.register_to_config(settings=asdict(settings))
         # The convolutions are the cost of a video; they run fastest with the channels last.
         self.autoencoder.to(memory_format=torch.channels_last_3d)
 
@@ -154,8 +147,7 @@ class FSVideoPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: the folder.
-            torch_dtype: of the weights once loaded, however they were saved. float32 suits a CPU, bfloat16 a
-                GPU.
+            torch_dtype: of the weights once loaded, however they were saved. float32 suits a CPU, bfloat16 a GPU.
             variant: as in "fp16" for model.fp16.safetensors.
             **components: take the place of the folder's, which then need not be there.
 
@@ -196,11 +188,8 @@ class FSVideoPipeline(DiffusionPipeline):
         return self.autoencoder.compression
 
     def job(self, request: VideoRequest) -> Job:
-        """Settle a request for these models, without computing anything.
-
-        Raises:
-            UserError: something in it cannot be used.
-        """
+        """Settle a request for these models, without computing anything; UserError if something in it cannot be
+        used."""
         return resolve(request, self.settings, self.compression)
 
     def run(self, job: Job, callback: ProgressCallback | None = None) -> VideoOutput:
@@ -260,10 +249,8 @@ class FSVideoPipeline(DiffusionPipeline):
     ) -> Sample:
         """A job's latents, for `decode`.
 
-        Args:
-            job: what `job` made of a request.
-            callback: called before and after every stage and after every step; what it raises ends the work.
-            generator: a CPU generator to go on with, in place of one of the job's seed.
+        `callback` is called before and after every stage and after every step; what it raises ends the work.
+        `generator`, a CPU generator, goes on in place of one of the job's seed.
 
         Raises:
             UserError: the job was settled for another compression, or the generator is not the CPU's.

@@ -98,13 +98,7 @@ class PhotoFit:
 
 @dataclass(frozen=True)
 class VideoPlan:
-    """One video, planned.
-
-    Attributes:
-        geometry: its sizes.
-        fit: what is taken of the photo.
-        notes: sentences on everything that differs from the request.
-    """
+    """One video, planned: its sizes, what is taken of the photo, and sentences on all that differs from the request."""
 
     geometry: VideoGeometry
     fit: PhotoFit
@@ -112,11 +106,7 @@ class VideoPlan:
 
 
 def parse_size(text: str) -> Size:
-    """ "WxH" in pixels.
-
-    Raises:
-        UserError: the text has another form.
-    """
+    """ "WxH" in pixels; UserError for any other form."""
     match = re.fullmatch(r"\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*", text)
     if match is None:
         raise UserError(f"size {text!r} given; accepted is WIDTHxHEIGHT in pixels, such as 256x256")
@@ -171,11 +161,8 @@ def default_size(photo: Size, area: int, multiple: int) -> Size:
 
 
 def snap_frames(frames: int, group: int) -> int:
-    """The nearest 1 + group·k, the lower one of two equally near: with a group of 4, 18 and 19 become 17.
-
-    Raises:
-        UserError: fewer than one frame.
-    """
+    """The nearest 1 + group·k, the lower of two equally near: with a group of 4, 18 and 19 become 17; UserError below
+    1."""
     if frames < 1:
         raise UserError(
             f"{frames} frames given; accepted is a whole number of at least 1, best of the form 1 + {group}k"

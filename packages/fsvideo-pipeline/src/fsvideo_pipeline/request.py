@@ -90,11 +90,8 @@ class Job:
 
 
 def resolve(request: VideoRequest, settings: Settings, compression: Compression) -> Job:
-    """The job that a request is for a model of these settings and this compression.
-
-    Raises:
-        UserError: something in the request cannot be used.
-    """
+    """The job that a request is for a model of these settings and compression; UserError if something cannot be
+    used."""
     settings = settings.override(
         frames=request.frames,
         fps=request.fps,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,8 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str) -> Settings:
-        """Settings from JSON; `source` names the file in the error.
-
-        Raises:
-            CheckpointError: a name is unknown, or a value is no positive number.
-        """
+        """Settings from JSON; CheckpointError, which names the file `source`, if one is unknown or no positive
+        number."""
         known = {field.name for field in fields(cls)}
         for name, value in values.items():
             if name not in known:
@@ -62,11 +59,7 @@ class Settings:
         return cls(**values)
 
     def override(self, **given: Any) -> Settings:
-        """The settings with what the user gave; None leaves a value as it is.
-
-        Raises:
-            UserError: a value is out of range.
-        """
+        """The settings with what the user gave, None for as it is; UserError if a value is out of range."""
         chosen: Settings = replace(self, **{name: value for name, value in given.items() if value is not None})
         for name, value in (("steps", chosen.steps), ("refiner steps", chosen.refiner_steps)):
             if value not in range(1, MAX_STEPS + 1):
@@ -80,17 +73,9 @@ class Settings:
             raise UserError(f"{chosen.fps} frames per second given; accepted is a number above 0, up to {MAX_FPS}")
         return chosen
 
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON takes them."""
-        return asdict(self)
-
 
 def read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The model_index.json of a pipeline's folder.
-
-    Raises:
-        CheckpointError: there is no such folder or file, or it is not the index of an FSVideoPipeline.
-    """
+    """The model_index.json of a pipeline's folder; CheckpointError if there is none of an FSVideoPipeline."""
     path = Path(folder) / MODEL_INDEX
     if not Path(folder).is_dir():
         raise CheckpointError(f"there is no model folder {folder}; check its name")
@@ -101,11 +86,7 @@ def read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_settings(folder: str | os.PathLike[str]) -> Settings:
-    """The settings in a model folder's index.
-
-    Raises:
-        CheckpointError: as `read_index` and `Settings.from_dict`.
-    """
+    """The settings in a model folder's index; errors as `read_index` and `Settings.from_dict`."""
     values = read_index(folder).get("settings", {})
     source = str(Path(folder) / MODEL_INDEX)
     if not isinstance(values, dict):
@@ -114,11 +95,7 @@ def read_settings(folder: str | os.PathLike[str]) -> Settings:
 
 
 def read_compression(folder: str | os.PathLike[str]) -> Compression:
-    """That of the autoencoder in a model folder.
-
-    Raises:
-        CheckpointError: its configuration is missing or damaged, or is none of an FSAE.
-    """
+    """That of the autoencoder in a model folder; CheckpointError if its configuration is missing or none of an FSAE."""
     path = Path(folder) / "autoencoder" / "config.json"
     config = read_json(path)
     try:
@@ -128,11 +105,7 @@ def read_compression(folder: str | os.PathLike[str]) -> Compression:
 
 
 def packaged_model() -> Path:
-    """The folder of the nano model that comes with this package.
-
-    Raises:
-        UserError: the installation was made without it.
-    """
+    """The folder of the nano model that comes with this package; UserError if it was installed without."""
     folder = Path(str(files("fsvideo_pipeline"))) / "models" / "nano"
     if not (folder / MODEL_INDEX).is_file():
         raise UserError(

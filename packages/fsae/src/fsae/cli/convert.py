@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fsae.cli.output import check_new_folder, save_to
+from fsae.cli.output import save_to
 from fsae.errors import UserError
-from fsae.storage.files import read_json
+from fsae.storage.files import check_new_folder, read_json
 
 if TYPE_CHECKING:
     from fsae.model import FSAE

@@ -6,6 +6,7 @@ import argparse
 import time
 
 from fsae.cli.options import add_memory_option, add_model_options, check_output, load_model, parse_count
+from fsae.shapes import PAPER
 
 
 def main(argv: list[str]) -> int:
@@ -26,8 +27,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fsae encode",
         description="Encode a video of any length, or an image. Frames are resized and cropped to multiples of the "
-        "model's spatial compression (64), and a clip is cut to 1 + 4k frames. What is done is kept in OUTPUT.partial: "
-        "the same command goes on where it was stopped.",
+        f"model's spatial compression ({PAPER.space} in all presets), and a clip is cut to whole latents, 1 + "
+        f"{PAPER.time}k frames. What is done is kept in OUTPUT.partial: the same command goes on where it stopped.",
     )
     parser.add_argument("input", help="video or image")
     parser.add_argument("-o", "--output", required=True, help="latents, .safetensors")

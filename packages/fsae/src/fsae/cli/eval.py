@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 from fsae.cli.options import add_memory_option, add_model_options, load_model, parse_count
+from fsae.shapes import PAPER
 
 _NAMED = 10  # skipped files
 
@@ -16,20 +18,8 @@ def main(argv: list[str]) -> int:
 
     from fsae.evaluation.evaluate import EvalSettings, evaluate
 
-    settings = EvalSettings(
-        data=options.data,
-        frames=options.frames,
-        height=options.height,
-        width=options.width,
-        stride=options.stride,
-        samples=options.samples,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        lpips=tuple(options.lpips),
-        fvd=options.fvd,
-        memory=options.memory,
-        dimension_of=options.dimension_of,
-    )
+    given = vars(options) | {"lpips": tuple(options.lpips)}
+    settings = EvalSettings(**{field.name: given[field.name] for field in fields(EvalSettings)})
     report = evaluate(load_model(options), settings, options.output)
     print((Path(options.output) / "table.md").read_text(encoding="utf-8"), end="")
     skipped = report["skipped"]
@@ -49,27 +39,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("data", help="folder of videos and images, .jsonl or .csv list, .tar, or a pattern of these")
     parser.add_argument("-o", "--output", required=True, help="folder to write; it must not be there, or be empty")
     add_model_options(parser)
-    parser.add_argument(
-        "--frames", type=parse_count, default=17, help="frames of a clip, 1 + 4k (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--height", type=parse_count, default=256, help="pixels, a multiple of 64 (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--width", type=parse_count, default=256, help="pixels, a multiple of 64 (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--stride", type=parse_count, default=1, help="take every STRIDE-th frame of a file (default: %(default)s)"
-    )
+    counts = {
+        "--frames": (17, f"frames of a clip, 1 + {PAPER.time}k at the temporal compression of all presets"),
+        "--height": (256, f"pixels, a multiple of the model's spatial compression ({PAPER.space} in all presets)"),
+        "--width": (256, "as --height"),
+        "--stride": (1, "take every STRIDE-th frame of a file"),
+        "--batch-size": (1, "clips encoded and decoded together"),
+    }
+    for name, (default, text) in counts.items():
+        parser.add_argument(name, type=parse_count, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--samples", type=parse_count, help="clips to measure, drawn by the seed; without it, all")
     parser.add_argument(
-        "--batch-size", type=parse_count, default=1, help="clips encoded and decoded together (default: %(default)s)"
+        "--seed", type=int, default=0, help="decides which files, and where in them clips start (default: 0)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="decides which files, and where in them clips start (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--lpips", nargs="+", default=[], metavar="WEIGHTS", help="files with LPIPS' trunk and heads; measures LPIPS"
+        "--lpips", nargs="+", default=(), metavar="WEIGHTS", help="files with LPIPS' trunk and heads; measures LPIPS"
     )
     parser.add_argument("--fvd", metavar="I3D", help="i3d_torchscript.pt, a program that is run; measures FVD")
     parser.add_argument(

@@ -32,11 +32,8 @@ def add_memory_option(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_bytes(text: str) -> int:
-    """ "4GB", "1.5 GiB", "600M" or a plain number -> bytes.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none of these, or not above 0.
-    """
+    """ "4GB", "1.5 GiB", "600M" or a plain number -> bytes; an `ArgumentTypeError` if it is none of these, or not above
+    0."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.strip().upper())
     count = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if count < 1:
@@ -45,11 +42,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_count(text: str) -> int:
-    """A number from 1 on.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none.
-    """
+    """A number from 1 on; an `ArgumentTypeError` if it is none."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
     return int(text)

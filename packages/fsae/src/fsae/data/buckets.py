@@ -107,11 +107,8 @@ class BucketedClips(ClipDataset):
         return list(dict.fromkeys([*self._never, *super().skipped]))
 
     def read(self, index: int, epoch: int) -> tuple[NDArray[np.uint8], tuple[float, float]]:
-        """An item's clip, uint8 `T H W 3`, and when its first and last frame begin in the file, in seconds.
-
-        Raises:
-            UserError: it cannot be read; nothing takes its place here, other than in `sample`.
-        """
+        """An item's clip, uint8 `T H W 3`, and when its first and last frame begin in the file, in seconds; UserError
+        if it cannot be read: nothing takes its place here, other than in `sample`."""
         bucket, media = self.bucket(index), self.entry(index).media
         if media.is_image:
             return cover(load_image(media), bucket.size)[None], (0.0, 0.0)
@@ -226,10 +223,6 @@ class BucketOrder:
     Micro-batch number q of the run is of a bucket drawn by (seed, q); the samples of a bucket, over all processes, are
     of sources drawn by their shares; and each source's files in a bucket come in permutations, one an epoch, so that
     each is seen once before any is seen twice.
-
-    Args:
-        buckets: As `BucketedClips.buckets`.
-        cut: The run's.
     """
 
     def __init__(self, buckets: Sequence[Bucket], cut: Cut) -> None:

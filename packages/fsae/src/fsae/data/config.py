@@ -16,13 +16,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from fsae.bounds import Bound, Count, Positive, Source, check
+from fsae.bounds import Bound, Checked, Count, Positive, Source
 from fsae.errors import require
+from fsae.shapes import PAPER
 
-SIDE = 64  # the autoencoder's spatial compression: sides of clips are multiples of it
-STRIDE = 4  # its temporal compression: clips have 1 + 4k frames
+SIDE = PAPER.space  # sides of clips are multiples of it
 
-Frames = Annotated[int, Bound("1 + 4k", lambda value: value >= 1 and value % STRIDE == 1)]
+Frames = Annotated[int, Bound(f"1 + {PAPER.time}k", lambda value: value >= 1 and value % PAPER.time == 1)]
 Side = Annotated[int, Bound(f"a multiple of {SIDE}", lambda value: value >= SIDE and value % SIDE == 0)]
 Area = Annotated[int, Bound(f"at least {SIDE**2}, {SIDE} x {SIDE} pixels", lambda value: value >= SIDE**2)]
 Aspect = Annotated[float, Bound("at least 1", lambda value: value >= 1)]
@@ -30,7 +30,7 @@ Reader = Literal["pyav", "decord"]
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Checked):
     """How a clip is cut from a video.
 
     Attributes:
@@ -48,7 +48,7 @@ class Sampling:
     reader: Reader = "pyav"
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         require(self.size is None or min(self.size) >= 1, "size", self.size, "two numbers of 1 or more")
 
     @property
@@ -58,7 +58,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class SourceConfig:
+class SourceConfig(Checked, part="source"):
     """Where clips come from.
 
     Attributes:
@@ -71,12 +71,9 @@ class SourceConfig:
     path: Source
     weight: Positive = 1.0
 
-    def __post_init__(self) -> None:
-        check(self, "source")
-
 
 @dataclass(frozen=True)
-class BucketConfig:
+class BucketConfig(Checked, part="bucket"):
     """Clips of one length and one size, or one area.
 
     Attributes:
@@ -98,7 +95,7 @@ class BucketConfig:
     max_aspect: Aspect = 2.0
 
     def __post_init__(self) -> None:
-        check(self, "bucket")
+        super().__post_init__()
         if self.area is not None:
             alone = self.height is None and self.width is None
             require(alone, "bucket.area", self.area, "given without height and width")
@@ -127,7 +124,7 @@ class BucketConfig:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(Checked, part="clips"):
     """What `fsae.data.buckets` draws clips from; checkpoints and caches hold it as it is.
 
     Attributes:
@@ -145,7 +142,7 @@ class Mixture:
     reader: Reader = "pyav"
 
     def __post_init__(self) -> None:
-        check(self, "clips")
+        super().__post_init__()
         require(bool(self.sources), "clips.sources", self.sources, "one source or more")
         require(bool(self.buckets), "clips.buckets", self.buckets, "one bucket or more")
 
@@ -155,7 +152,7 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class ClipsConfig:
+class ClipsConfig(Checked, part="clips"):
     """The clips of a training.
 
     Attributes:
@@ -180,9 +177,6 @@ class ClipsConfig:
     fps: Positive | None = None
     stride: Count = 1
     reader: Reader = "pyav"
-
-    def __post_init__(self) -> None:
-        check(self, "clips")
 
     @property
     def plain(self) -> bool:

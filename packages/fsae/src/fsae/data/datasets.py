@@ -40,9 +40,6 @@ class ClipDataset(Dataset[Clip]):
 
     Which item replaces it depends on the files alone, not on what was met before, so that a run that is resumed sees
     what the uninterrupted one would have seen.
-
-    Args:
-        length: Number of items.
     """
 
     def __init__(self, length: int) -> None:
@@ -56,11 +53,8 @@ class ClipDataset(Dataset[Clip]):
         return self.sample(index, 0)
 
     def sample(self, index: int, epoch: int) -> Clip:
-        """The clip of `index` in `epoch`; that of the next usable item if its own cannot be used.
-
-        Raises:
-            UserError: none of the items that could replace it can be used.
-        """
+        """The clip of `index` in `epoch`; that of the next usable item if its own cannot be used; UserError if none
+        can."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         places = self._replacements(index)
@@ -108,18 +102,16 @@ class ClipDataset(Dataset[Clip]):
 class VideoFolder(ClipDataset):
     """Map-style dataset of clips of one size from one source.
 
-    Each epoch draws a new start frame from (seed, index, epoch). A file that is broken, too short, or an
-    image where several frames are wanted is replaced by the next usable one in order; it is named by a
-    warning when it is met and in `skipped`, also when a worker process of a loader met it.
+    Each epoch draws a new start frame from (seed, index, epoch). A file that is broken, too short, or an image where
+    several frames are wanted is replaced by the next usable one in order.
 
     Args:
         source: Folder, list, tar or pattern: see `fsae.data.sources.read_source`.
-        sampling: Length and size of a clip, and how it is cut. With one frame, an image is a clip and a video gives
-            one of its frames.
+        sampling: How a clip is cut. With one frame, an image is a clip and a video gives one of its frames.
         seed: Decides where clips start.
 
     Raises:
-        UserError: no such source, no usable entry in it, a list without a `path`, no size, or no such reader.
+        UserError: a source that cannot be used, no size, or no such reader.
     """
 
     def __init__(self, source: str | Path, sampling: Sampling, seed: int = 0) -> None:

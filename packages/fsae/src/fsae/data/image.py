@@ -35,11 +35,7 @@ def load_image(path: Readable) -> NDArray[np.uint8]:
 
 
 def image_size(path: Readable) -> tuple[int, int]:
-    """(H, W) of an image as shown, from its header alone.
-
-    Raises:
-        UserError: as `load_image`, as far as the header tells.
-    """
+    """(H, W) of an image as shown, from its header alone; errors as `load_image`, as far as the header tells."""
     with _opened(as_media(path)) as image:
         width, height = image.size
         return (width, height) if image.getexif().get(_ORIENTATION) in _LYING else (height, width)

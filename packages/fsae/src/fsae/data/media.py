@@ -70,11 +70,8 @@ def as_media(source: Readable) -> Media:
 
 
 def check_file(media: Media, kind: str, example: str) -> None:
-    """Refuse what is missing or no file with a sentence about a `kind` such as "video".
-
-    Raises:
-        UserError: the file, or the tar that should hold it, is not there or is no file.
-    """
+    """UserError about a `kind` such as "video" if the file, or the tar that should hold it, is not there or is no
+    file."""
     if not os.path.exists(media.path):
         raise UserError(f"there is no {kind} file {media}; check its name")
     if not os.path.isfile(media.path):

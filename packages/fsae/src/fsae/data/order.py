@@ -52,11 +52,8 @@ class Cut:
 
 
 def data_place(rank: int, processes: int, ranks_per_sample: int) -> tuple[int, int]:
-    """(rank, processes) as an order counts them, where `ranks_per_sample` neighbouring processes count as one.
-
-    Raises:
-        UserError: the processes do not divide into such groups.
-    """
+    """(rank, processes) as an order counts them, where `ranks_per_sample` neighbouring processes count as one;
+    UserError if they do not divide into such groups."""
     if processes % ranks_per_sample:
         raise UserError(
             f"{processes} process{'es' if processes > 1 else ''} cannot be divided into groups of {ranks_per_sample} "
@@ -73,11 +70,9 @@ class Order(Protocol):
 
     def position(self, step: int) -> tuple[int, int]:
         """(epoch, offset) of a step's first sample, for the record."""
-        ...
 
     def micro_batch(self, step: int, micro: int) -> Sequence[Key]:
         """The keys of this process's micro-batch `micro` of `step`; any number, at least one."""
-        ...
 
 
 def order_of(dataset: Any, cut: Cut) -> Order:
@@ -87,12 +82,8 @@ def order_of(dataset: Any, cut: Cut) -> Order:
 
 @dataclass
 class DataOrder:
-    """The samples of every micro-batch of one process.
-
-    Attributes:
-        length: Samples in the dataset, n.
-        cut: Whose seed decides every epoch's permutation.
-    """
+    """The samples of every micro-batch of one process, of a dataset of `length`; `cut.seed` decides the
+    permutations."""
 
     length: int
     cut: Cut

@@ -125,14 +125,8 @@ def draw_clip(media: Media, info: VideoInfo, draw: float, sampling: Sampling) ->
 
 
 def check_length(media: Media, info: VideoInfo, sampling: Sampling) -> tuple[int, float]:
-    """Whether a clip, as for `draw_clip`, fits in what `info` promises.
-
-    Returns:
-        The frames of the file or its span; the seconds by which a clip of `fps` can be moved in it (0 without).
-
-    Raises:
-        ShortVideo: it does not fit.
-    """
+    """The frames of a file or its span, and the seconds by which a clip of `fps` can be moved in it (0 without), as
+    `info` promises; ShortVideo if the clip does not fit."""
     end = info.duration if media.end is None else min(media.end, info.duration)
     promised = max(0, round((end - media.start) * info.fps))
     if sampling.fps is None:
@@ -153,11 +147,8 @@ def _spare(length: float, wanted: float) -> float:
 
 
 def frame_times(video: Readable, reader: Reader = "pyav") -> list[float]:
-    """When each frame of a file, or of its span, begins, in seconds; of a damaged file, as far as it decodes.
-
-    Raises:
-        UserError: no such file, no video, or a missing reader.
-    """
+    """When each frame of a file, or of its span, begins, in seconds; of a damaged file, as far as it decodes. UserError
+    for no such file, no video, or a missing reader."""
     media = as_media(video)
 
     def collect(reader: Callable[[Media, Fraction], Iterator[Timed]]) -> list[float]:
@@ -216,14 +207,9 @@ class _NoTimes(Exception):
 
 @dataclass(frozen=True)
 class _Window:
-    """The wanted start in ticks of a stream's clock.
+    """The wanted start in ticks of a stream's clock, without and with the grace; all of it in ticks of `tick` seconds.
 
-    Attributes:
-        origin: The file's first frame.
-        low: The start, less the grace.
-        high: The start, with the grace.
-        interval: Between two frames, on average.
-        tick: Seconds of a tick.
+    `origin` is the file's first frame, `interval` the average between two.
     """
 
     origin: int
@@ -281,11 +267,8 @@ def _window(media: Media, stream: av.VideoStream, origin: int, start: Fraction) 
 
 
 def _shown(frames: Iterable[av.VideoFrame], window: _Window) -> Iterator[av.VideoFrame]:
-    """Of frames in order: from the last one that begins by the window on, or from the very first.
-
-    Raises:
-        _NoTimes: a frame does not begin after the one before.
-    """
+    """Of frames in order: from the last one that begins by the window on, or from the very first; `_NoTimes` if a frame
+    does not begin after the one before."""
     held: av.VideoFrame | None = None
     try:
         for frame in frames:

@@ -39,13 +39,13 @@ def read_source(source: str | Path) -> list[Entry]:
 
     Args:
         source: A folder (with its subfolders, in the order of the paths; tars in it are read too); a .jsonl or .csv
-            list with the column `path` (relative to the list) and, if wanted, `caption`, `start` and `end`
-            (seconds); a .tar; or a pattern such as `shards/*.tar`.
+            list with the column `path` (relative to the list) and, if wanted, `caption`, `start` and `end` (seconds); a
+            .tar; or a pattern such as `shards/*.tar`.
 
     Returns:
         Entries. A list's files are not looked for: what is missing shows when it is read. A tar that is damaged gives
-        its members before the damage and one entry for itself, which no reader can read, so that it is named among
-        what was skipped.
+            its members before the damage and one entry for itself, which no reader can read, so that it is named among
+            what was skipped.
 
     Raises:
         UserError: there is no such source, it has no video or image, or a list that cannot be understood.

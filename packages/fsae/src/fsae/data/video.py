@@ -59,18 +59,10 @@ class VideoInfo:
 
 
 def probe(path: Readable, count: bool = True) -> VideoInfo:
-    """Look at a video file.
+    """Look at a video file; errors as `read_video`.
 
-    Args:
-        path: The video.
-        count: Where the container does not say how many frames it has (Matroska, MPEG-TS), decode and count them; if
-            false, work the number out from its duration, quickly.
-
-    Returns:
-        Its properties; `frames` is the container's own count if it states one.
-
-    Raises:
-        UserError: as `read_video`.
+    Where the container does not say how many frames it has (Matroska, MPEG-TS), they are decoded and counted; without
+    `count` the number is worked out from its duration, quickly.
     """
     with open_video(path) as (container, stream):
         decoded = decode(container, stream)
@@ -88,16 +80,9 @@ def probe(path: Readable, count: bool = True) -> VideoInfo:
 def stream_video(
     path: Readable, size: tuple[int, int] | None = None, start: int = 0, frames: int | None = None
 ) -> Iterator[NDArray[np.uint8]]:
-    """Decode a file of any length one frame at a time, in the memory of a few frames.
+    """Decode a file of any length one frame at a time, uint8 `H W 3`, in the memory of a few frames.
 
-    Args:
-        path: A video in any container and codec that FFmpeg reads.
-        size: As for `read_video`.
-        start: Index of the first frame wanted.
-        frames: How many frames; None for all. A video that ends before gives those that it has.
-
-    Yields:
-        uint8 `H W 3`, RGB, upright.
+    Arguments are those of `read_video`; a video that ends before `frames` frames gives those that it has.
 
     Raises:
         UserError: the file is missing or no video, before the first frame; it is damaged, after the last frame before
@@ -122,14 +107,14 @@ def read_video(
     frames: int | None = None,
     size: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, float]:
-    """Decode frames `start .. start + frames` (to the end if `frames` is None), turned upright.
+    """Decode frames `start .. start + frames` (to the end if `frames` is None) of whatever FFmpeg reads, turned
+    upright.
 
     Args:
-        path: a video in any container and codec that FFmpeg reads.
+        path: the video.
         start: index of the first frame wanted.
-        frames: how many frames.
-        size: (H, W) to which each frame is scaled so that it covers it, then cropped around the centre; None
-            keeps the file's size.
+        frames: how many.
+        size: (H, W) that each frame is scaled to cover, then cropped to around the centre; None keeps the file's.
 
     Returns:
         uint8 tensor `T H W 3`, RGB, and the frames per second.
@@ -168,9 +153,8 @@ def write_video(
         metadata: container tags such as {"comment": ...}; values are written as text.
 
     Raises:
-        UserError: before the first frame is taken, if `path` cannot be written or has another suffix or `fps`
-            is no positive number; later, if there is no frame, or one differs in size or type, or the disk
-            fills.
+        UserError: before the first frame is taken, for a path or fps that cannot be; later, if there is no frame, one
+            differs in size or type, or the disk fills.
     """
     check_video_target(path)
     if not (math.isfinite(fps) and fps > 0):
@@ -183,11 +167,8 @@ def write_video(
 
 
 def check_video_target(path: str | os.PathLike[str]) -> None:
-    """Check before any work that `write_video` will be able to write `path`.
-
-    Raises:
-        UserError: the suffix is none of `SUFFIXES`, or `fsae.storage.files.check_writable` refuses the place.
-    """
+    """UserError, before any work, if `write_video` will not be able to write `path`: its suffix, or
+    `check_writable`."""
     if Path(path).suffix.lower() not in SUFFIXES:
         raise UserError(f"cannot write {path} as a video; give a name that ends in {', '.join(SUFFIXES)}")
     check_writable(path)
@@ -236,12 +217,9 @@ def open_video(path: Readable) -> Iterator[tuple[av.container.InputContainer, av
 
 
 def decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """The frames from the file's beginning to its end.
+    """The frames from the file's beginning to its end, or to an `av.FFmpegError` at a damaged place.
 
     A recording may begin in the middle of a group of pictures; it is read from its first whole picture on.
-
-    Raises:
-        av.FFmpegError: at a damaged place.
     """
     begun = False
     damage: av.FFmpegError | None = None
@@ -259,11 +237,7 @@ def decode(container: av.container.InputContainer, stream: av.VideoStream) -> It
 
 
 def decode_packet(packet: av.Packet) -> Iterator[av.VideoFrame]:
-    """The frames that a packet completes.
-
-    Raises:
-        av.FFmpegError: the decoder reports an error, or that it painted over one.
-    """
+    """The frames that a packet completes; an `av.FFmpegError` if the decoder reports an error, or painted over one."""
     for frame in packet.decode():
         assert isinstance(frame, av.VideoFrame)
         if frame.is_corrupt:

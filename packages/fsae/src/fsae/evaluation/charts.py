@@ -49,14 +49,10 @@ def heat_map(
     columns: tuple[str, Sequence[str]],
     limits: tuple[float, float] = (0.0, 1.0),
 ) -> Image.Image:
-    """A matrix as coloured cells under a scale of the colours; cells that are large enough carry their figure.
+    """A matrix as coloured cells, first row on top, under a scale of the colours; large cells carry their figure.
 
-    Args:
-        values: the matrix, first row on top. What is not finite stays blank.
-        title: stands above.
-        rows: what the rows are, and the label of each.
-        columns: what the columns are, and the label of each.
-        limits: the values of the palest and the darkest colour; what lies outside gets the nearer one.
+    Rows and columns have a title and a label each. What is not finite stays blank; what lies outside `limits`, the
+    values of the palest and the darkest colour, gets the nearer one.
     """
     (row_title, row_labels), (column_title, column_labels) = rows, columns
     if values.shape != (len(row_labels), len(column_labels)):

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from fsae.bounds import Count, Index, check
+from fsae.bounds import Checked, Count, Index
 from fsae.data.config import Sampling
 from fsae.data.datasets import VideoFolder
 from fsae.data.video import to_frames
@@ -40,7 +40,6 @@ from fsae.evaluation.charts import frame_grid, line_charts
 from fsae.evaluation.intrinsic_dimension import NEIGHBOURS, intrinsic_dimension, latent_points
 from fsae.evaluation.metrics import (
     VideoFeatures,
-    flicker,
     frame_flicker,
     frame_lpips,
     frame_psnr,
@@ -50,7 +49,7 @@ from fsae.evaluation.metrics import (
 )
 from fsae.losses.perceptual import PerceptualLoss
 from fsae.model import FSAE
-from fsae.storage.files import atomic_folder, check_writable, write_json
+from fsae.storage.files import atomic_folder, check_new_folder, write_json
 
 _SHOWN_CLIPS, _SHOWN_FRAMES = 4, 6
 _DISTANCES = 10_000  # points whose N^2 distances are taken for the intrinsic dimension
@@ -58,7 +57,7 @@ _PACKAGES = ("fsae", "torch", "diffusers", "numpy", "av")
 
 
 @dataclass(frozen=True)
-class EvalSettings:
+class EvalSettings(Checked):
     """What is measured.
 
     Attributes:
@@ -89,9 +88,6 @@ class EvalSettings:
     fvd: str | None = None
     memory: int | None = None
     dimension_of: Literal["position", "clip"] = "position"
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 class HeldOutClips(VideoFolder):
@@ -153,11 +149,8 @@ class Gathered:
 
 
 class Evaluation:
-    """The measuring of one model with one set of settings; the networks it measures with are read first.
-
-    Raises:
-        UserError: settings that the model or the networks' files do not fit, before any clip is read.
-    """
+    """The measuring of one model with one set of settings; the networks it measures with are read first. UserError for
+    settings that the model or the networks' files do not fit, before any clip is read."""
 
     def __init__(self, model: FSAE, settings: EvalSettings) -> None:
         model.compression.check(settings.frames, settings.height, settings.width)
@@ -168,14 +161,8 @@ class Evaluation:
         self.i3d = VideoFeatures(settings.fvd, model.device) if settings.fvd else None
 
     def run(self) -> tuple[dict[str, Any], Gathered]:
-        """Measure all clips.
-
-        Returns:
-            The report (not yet strict JSON), and what its pictures are made of.
-
-        Raises:
-            UserError: no clip can be used.
-        """
+        """The report on all clips (not yet strict JSON), and what its pictures are made of; UserError if no clip can be
+        used."""
         gathered = Gathered()
         cuda = self.model.device.type == "cuda"
         if cuda:
@@ -219,17 +206,11 @@ class Evaluation:
         for name, curve in curves.items():
             gathered.curves.setdefault(name, []).extend([] if curve is None else curve.tolist())
         whole = psnr(decoded, video).tolist()
-        steady = flicker(decoded, video).tolist()
+        means = {name: None if curve is None else curve.mean(1).tolist() for name, curve in curves.items()}
         for b, name in enumerate(names):
+            own = {measure: values and values[b] for measure, values in means.items()}
             gathered.clips.append(
-                {
-                    "file": name,
-                    "psnr": whole[b],
-                    "ssim": float(curves["ssim"][b].mean()),  # type: ignore[index]
-                    "lpips": None if curves["lpips"] is None else float(curves["lpips"][b].mean()),
-                    "first_frame_psnr": float(curves["psnr"][b, 0]),  # type: ignore[index]
-                    "flicker": steady[b],
-                }
+                {"file": name, **own, "psnr": whole[b], "first_frame_psnr": float(curves["psnr"][b, 0])}  # type: ignore[index]
             )
             if len(gathered.rows) < 2 * _SHOWN_CLIPS:
                 gathered.rows += _shown(name, video[b], decoded[b])
@@ -260,7 +241,7 @@ class Evaluation:
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "dtype": str(model.dtype).removeprefix("torch."),
             },
-            "device": _device_name(model.device),
+            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
             "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         }
 
@@ -279,26 +260,27 @@ class Evaluation:
 
 
 def evaluate(model: FSAE, settings: EvalSettings, folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Measure a model and write `folder`, which appears whole.
-
-    Returns:
-        What eval.json holds.
+    """Measure a model, write `folder`, which appears whole, and return what its eval.json holds.
 
     Raises:
-        UserError: `folder` is there already and is not empty or cannot be written, or as `Evaluation`.
+        UserError: `folder` is not empty or cannot be written, or as `Evaluation`.
     """
-    target = _new_folder(folder)
+    check_new_folder(folder)
     report, gathered = Evaluation(model, settings).run()
     report = strict(report)
-    charts = [(name, [_number(v) for v in curve]) for name, curve in report["curves"].items() if curve]
+    charts = [
+        (name, [math.nan if v is None else float(v) for v in curve])
+        for name, curve in report["curves"].items()
+        if curve
+    ]
     try:
-        with atomic_folder(target) as temporary:
+        with atomic_folder(folder) as temporary:
             write_json(temporary / "eval.json", report, allow_nan=False)
             (temporary / "table.md").write_text(table(report), encoding="utf-8")
             frame_grid(gathered.rows).save(temporary / "grid.png")
             line_charts(charts).save(temporary / "curves.png")
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}; give another place") from error
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; give another place") from error
     return report
 
 
@@ -314,13 +296,13 @@ def table(report: dict[str, Any]) -> str:
         ("flicker", report["flicker"], ".5f"),
         ("encoding (frames/s)", throughput["encode_frames_per_second"], ".2f"),
         ("decoding (frames/s)", throughput["decode_frames_per_second"], ".2f"),
-        (f"peak memory (GiB), {memory['of']}", _gibibytes(memory["bytes"]), ".2f"),
+        (f"peak memory (GiB), {memory['of']}", memory["bytes"] and memory["bytes"] / 2**30, ".2f"),
     ]
     if dimension is not None:
         scales = zip(dimension["neighbours"], dimension["dimension"], strict=True)
         rows += [(f"intrinsic dimension, {n2} neighbours", value, ".2f") for n2, value in scales]
     lines = ["| measure | value |", "|---|---|"]
-    lines += [f"| {name} | {_shown_number(value, form)} |" for name, value, form in rows]
+    lines += [f"| {name} | {'–' if value is None else format(float(value), form)} |" for name, value, form in rows]
     settings = report["settings"]
     size = f"{settings['width']}x{settings['height']}x{settings['frames']}"
     skipped = len(report["skipped"])
@@ -378,36 +360,3 @@ def _shown(name: str, video: Tensor, decoded: Tensor) -> list[tuple[str, NDArray
 def _mean(values: Sequence[float | None]) -> float | None:
     present = [value for value in values if value is not None]
     return sum(present) / len(present) if present else None
-
-
-def _number(value: float | str | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _shown_number(value: float | str | None, form: str) -> str:
-    return "–" if value is None else f"{float(value):{form}}"
-
-
-def _gibibytes(count: int | None) -> float | None:
-    return None if count is None else count / 2**30
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _new_folder(folder: str | os.PathLike[str]) -> Path:
-    """Where a new folder will lie; what is there already is not overwritten."""
-    target = Path(os.path.realpath(folder))
-    if target.is_dir():
-        if any(target.iterdir()):
-            raise UserError(f"{folder} is not empty; give a new folder")
-    elif target.exists():
-        raise UserError(f"{folder} is a file; give a new folder")
-    # A file beside it tells whether the folder above is there and takes new entries.
-    beside = target.with_name(f".{target.name[:64]}.tmp")
-    try:
-        check_writable(beside)
-    except UserError as error:
-        raise UserError(str(error).replace(str(beside), str(folder))) from None
-    return target

@@ -28,14 +28,8 @@ _CHUNK = 2**23  # numbers held at once: 64 MiB of doubles
 
 @dataclass(frozen=True)
 class IntrinsicDimension:
-    """The estimate at each scale.
-
-    Args:
-        neighbours: n2 of each scale.
-        dimension: the estimate at each.
-        points: distinct points that it is an estimate of.
-        duplicates: points left out because they equal another one.
-    """
+    """The estimate at each scale of n2 neighbours, of distinct points; duplicates were left out, as they equal another
+    one."""
 
     neighbours: tuple[int, ...]
     dimension: tuple[float, ...]
@@ -44,16 +38,11 @@ class IntrinsicDimension:
 
 
 def latent_points(latents: Iterable[Tensor], per: Literal["position", "clip"] = "position") -> Tensor:
-    """Latents of clips, each `c t h w` -> points `N D`, the vectors whose dimension is asked for.
+    """Latents of clips, each `c t h w` -> points `N D`, the vectors whose dimension is asked for; UserError without
+    clips.
 
-    Args:
-        latents: one tensor a clip.
-        per: "position" makes a point of each latent position (D = c): what one token of the diffusion transformer is
-            drawn from. "clip" makes a point of each clip (D = c t h w): the manifold of whole clips, which must then
-            be of one size, and many.
-
-    Raises:
-        UserError: there is no clip, or clips of several sizes with "clip".
+    "position" makes a point of each latent position (D = c): what one token of the diffusion transformer is drawn from.
+    "clip" makes a point of each clip (D = c t h w): the manifold of whole clips, which must be of one size, and many.
     """
     clips = list(latents)
     if not clips:

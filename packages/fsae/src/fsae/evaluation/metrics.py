@@ -107,18 +107,11 @@ class VideoFeatures:
     """Features of clips by the I3D network of the Fréchet video distance, a TorchScript file.
 
     The file is the one commonly passed around as `i3d_torchscript.pt`, or any TorchScript whose `forward(video,
-    rescale, resize, return_features)` takes `B 3 T 224 224` in [-1, 1] and returns `B D`. Frames are scaled until
-    their shorter side is 224 (bilinear) and cropped around the centre.
+    rescale, resize, return_features)` takes `B 3 T 224 224` in [-1, 1] and returns `B D`; UserError if it is none.
+    Frames are scaled until their shorter side is 224 (bilinear) and cropped around the centre.
 
-    What `torch.jit.load` reads is a program of TorchScript's own operators together with its weights; unlike a
-    pickle it does not run Python while it is read, yet it is a program: give a file that you trust.
-
-    Args:
-        path: the TorchScript file.
-        device: where it runs.
-
-    Raises:
-        UserError: the file is missing or is no TorchScript.
+    What `torch.jit.load` reads is a program of TorchScript's own operators together with its weights; unlike a pickle
+    it does not run Python while it is read, yet it is a program: give a file that you trust.
     """
 
     def __init__(self, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> None:
@@ -135,12 +128,8 @@ class VideoFeatures:
 
     @torch.no_grad()
     def __call__(self, video: Tensor) -> Tensor:
-        """Clips `B 3 T H W` in [-1, 1] -> features `B D`, in double precision on the CPU.
-
-        Raises:
-            UserError: the network refuses the clips, as I3D does where they have fewer than about ten frames, or
-                answers with something else.
-        """
+        """Clips `B 3 T H W` in [-1, 1] -> features `B D`, in double precision on the CPU; UserError if the network
+        refuses the clips, as I3D does where they have fewer than about ten frames, or answers with something else."""
         try:
             features = self.network(_i3d_frames(video), rescale=False, resize=False, return_features=True)
         # A script that raises, and an operator that does.

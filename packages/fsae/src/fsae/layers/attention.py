@@ -95,17 +95,11 @@ class FirstFrameAttention(nn.Module):
     into aligned windows.
 
     With a `reach` each head of a query also says where to look from: its rotary position is its own cell plus an offset
-    read off its features, at first zero. What moved since frame 0 is then found by two numbers a head in place of a
-    rotation of every pair of channels, which a small model learns from few clips.
+    read off its features, at first zero; a feature of 1 stands for `reach` cells. What moved since frame 0 is then
+    found by two numbers a head in place of a rotation of every pair of channels, which a small model learns from few
+    clips.
 
-    Args:
-        channels: channels of the stage, C.
-        stage: its number, which says how large its cells are and how many channels the first frame's features have.
-        injection: sizes of the attention.
-        style: of the norms.
-
-    Attributes:
-        reach: the offset, in cells, that a feature of 1 stands for; without it there are no offsets.
+    The number of the stage says how large its cells are and how many channels the first frame's features have.
     """
 
     def __init__(

@@ -101,14 +101,10 @@ def _doubled(conv: VideoConv3d, x: Tensor, before: Tensor | None, even: bool) ->
 
 
 def fold(conv: VideoConv3d, x: Tensor, before: Tensor | None, double_time: bool, shortcut: Shortcut) -> Tensor:
-    """conv(upsampled x) plus the shortcut: `B C_in t h w` -> `B C_out T 2h 2w`.
+    """conv(upsampled x) plus the shortcut: `B C_in t h w` -> `B C_out T 2h 2w`, for a kernel of three taps on every
+    axis.
 
-    Args:
-        conv: a kernel of three taps on every axis.
-        x: what is upsampled.
-        before: see `time_phases`.
-        double_time: whether frames are doubled as well.
-        shortcut: the step's.
+    before: see `time_phases`. double_time: whether frames are doubled as well.
     """
     batch, _, frames, height, width = x.shape
     if double_time:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fsae.layers.config import BlockStyle
 from fsae.layers.norm import PixelNorm
 from fsae.streaming import FrameCache
 from fsae.tiling import Window
@@ -37,22 +38,14 @@ class MotionField(nn.Module):
     The velocity is the sum of one that latents say themselves, for 2 x 2 places each and bilinear between, and of one
     that is read off the features that the inner stages made of them. Both start at zero.
 
-    Args:
-        channels: of the features.
-        latent_channels: of the latents.
-        frames: n, frames that a latent stands for.
-        cell: pixels a cell of the features is wide and high.
-        eps: of the norm before the second reading.
-        norm_affine: whether that norm has a weight and a bias.
+    `frames` is n, those that a latent stands for; `cell`, how many pixels a cell of the features is wide and high.
     """
 
-    def __init__(
-        self, channels: int, latent_channels: int, *, frames: int, cell: int, eps: float, norm_affine: bool
-    ) -> None:
+    def __init__(self, channels: int, latent_channels: int, *, frames: int, cell: int, style: BlockStyle) -> None:
         super().__init__()
         self.frames, self.cell = frames, cell
         self.say = nn.Linear(latent_channels, 2 * 2 * 2)
-        self.norm = PixelNorm(channels, eps, norm_affine)
+        self.norm = PixelNorm(channels, style.eps, style.norm_affine)
         self.read = nn.Linear(channels, 2)
         for layer in (self.say, self.read):
             nn.init.zeros_(layer.weight)
@@ -68,15 +61,9 @@ class MotionField(nn.Module):
         return VELOCITY_UNIT * made.to(torch.promote_types(made.dtype, torch.float32))
 
     def forward(self, x: Tensor, latents: Tensor, cache: FrameCache | None = None) -> Tensor:
-        """Of each latent its n frames' displacements, all zero for the clip's first.
+        """Features `B C t h w` of latents `B c t h' w'` -> the displacements of each latent's n frames, `B 2n t h w`.
 
-        Args:
-            x: features `B C t h w`.
-            latents: `B c t h' w'`, what they were made of.
-            cache: the state of a stream that both are the next chunk of.
-
-        Returns:
-            `B 2n t h w`.
+        Those of the clip's first latent are zero. cache: the state of a stream that both are the next chunk of.
         """
         velocity = self.velocity(x, latents)
         before = None if cache is None or self not in cache else cache[self][:, :, 0]
@@ -114,11 +101,7 @@ class FirstFrameSampling(nn.Module):
     Inside frame 0 the gate, one a channel, chooses between what was there and what the latents say; a cell further than
     one outside takes nothing. The strengths a start at zero, which makes the layer the identity.
 
-    Args:
-        channels: of the stage.
-        context_channels: of the first frame's features.
-        size: pixels a cell of the stage is wide and high.
-        rate: frames of the stage that a latent stands for.
+    `size` is how many pixels a cell of the stage is wide and high, `rate` how many of its frames a latent stands for.
     """
 
     def __init__(self, channels: int, context_channels: int, *, size: int, rate: int) -> None:
@@ -135,13 +118,10 @@ class FirstFrameSampling(nn.Module):
     def forward(
         self, x: Tensor, first_frame: Tensor | Values, displacements: Tensor, window: Window | None = None
     ) -> Tensor:
-        """x `B C T H W` -> the same shape.
+        """x `B C T H W` and the whole first frame's features `B C' H W`, or what `context` made of them -> x's shape.
 
-        Args:
-            x: the stage's features.
-            first_frame: features `B C' H W` of frame 0 or what `context` made of them; whole.
-            displacements: `B 2n t h w` as `MotionField` gives them, of the window.
-            window: the part of the frame that x is, in cells of this stage; None is all of it.
+        displacements: `B 2n t h w` as `MotionField` gives them, of the window. window: the part of the frame that x is,
+        in cells of this stage; None is all of it.
         """
         values = first_frame if isinstance(first_frame, Values) else self.context(first_frame)
         offset = at_rate(displacements, self.rate)[:, :, -x.shape[2] :] / self.size

@@ -22,11 +22,8 @@ ShortcutKind = Literal["dc-ae", "even"]
 
 @dataclass(frozen=True)
 class Shortcut:
-    """The shortcut of one step, `in_channels` -> `out_channels`; `up` and `down` are for steps of that direction.
-
-    Raises:
-        ValueError: an unknown kind, or channels that an even shortcut cannot carry.
-    """
+    """The shortcut of one step, `in_channels` -> `out_channels`; `up` and `down` are for steps of that direction. A
+    `ValueError` for an unknown kind, or channels that an even shortcut cannot carry."""
 
     kind: ShortcutKind
     in_channels: int

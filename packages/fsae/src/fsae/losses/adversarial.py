@@ -48,11 +48,8 @@ class ScaleDiscriminator(nn.Module):
 class Discriminator(nn.Module):
     """Several of them, each on frames half as large as the one before: `B 3 T H W` in [-1, 1] -> a list of logits.
 
-    Frames may be as small as 3 x 3 pixels for three scales.
-
-    Args:
-        width: channels of the first layer; 64 gives 4.66 million parameters a scale.
-        scales: how many.
+    Frames may be as small as 3 x 3 pixels for three scales. A width of 64 channels in the first layer gives 4.66
+    million parameters a scale.
     """
 
     def __init__(self, width: int = 64, scales: int = 3) -> None:

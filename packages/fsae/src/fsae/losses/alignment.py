@@ -38,11 +38,8 @@ class Teacher(Protocol):
 class Dinov2Teacher(nn.Module):
     """DINOv2 in transformers' form: the normalised patch tokens of its last layer, on 224 x 224 pixels.
 
-    Args:
-        folder: a saved `Dinov2Model` (config.json and safetensors), such as that of facebook/dinov2-large.
-
-    Raises:
-        UserError: no such folder, another model in it, or transformers is not installed.
+    `folder` is a saved `Dinov2Model`, such as that of facebook/dinov2-large; UserError if it is none, or transformers
+    is not installed.
     """
 
     shift: Tensor
@@ -158,10 +155,7 @@ class VideoVFLoss(nn.Module):
     def forward(self, latents: Tensor, features: Tensor, generator: torch.Generator | None = None) -> AlignmentTerms:
         """latents `B c t h w`, not normalised; features `B c' t h' w'`, as `teacher_features` makes them.
 
-        Args:
-            latents: what the encoder gives.
-            features: the teacher's, without a gradient.
-            generator: a CPU generator that chooses positions where there are too many; torch's own if None.
+        generator: a CPU generator that chooses positions where there are too many; torch's own if None.
         """
         if latents.shape[2] != features.shape[2]:
             raise ValueError(f"{latents.shape[2]} latents in time, but {features.shape[2]} of the teacher's features")

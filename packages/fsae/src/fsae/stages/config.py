@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fsae.bounds import Count, Index, Several, Weight, check
+from fsae.bounds import Checked, Count, Index, Several, Weight
 from fsae.errors import UserError
 from fsae.training.config import ClipTrainingConfig, OptimizerConfig
 
@@ -18,7 +18,7 @@ Conversion = Literal["none", "dc-ae", "standard", "lite"]
 
 
 @dataclass(frozen=True)
-class AdversarialConfig:
+class AdversarialConfig(Checked, part="adversarial"):
     """The discriminator and its part in the loss (paper §2.2.1).
 
     Attributes:
@@ -42,12 +42,9 @@ class AdversarialConfig:
     weights: str | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
-    def __post_init__(self) -> None:
-        check(self, "adversarial")
-
 
 @dataclass(frozen=True)
-class PatchConfig:
+class PatchConfig(Checked, part="patch"):
     """Training of the decoder on patches with exact borders (paper §2.2.1, stage 3).
 
     Attributes:
@@ -64,12 +61,9 @@ class PatchConfig:
     above: Index = 0
     latents: Index = 0
 
-    def __post_init__(self) -> None:
-        check(self, "patch")
-
 
 @dataclass(frozen=True)
-class AlignmentConfig:
+class AlignmentConfig(Checked, part="alignment"):
     """The Video VF loss (paper §2.2.2, eq. 2 to 4).
 
     Attributes:
@@ -90,12 +84,9 @@ class AlignmentConfig:
     positions: Several = 4096
     adaptive: Weight = 0.0
 
-    def __post_init__(self) -> None:
-        check(self, "alignment")
-
 
 @dataclass(frozen=True)
-class DistillationConfig:
+class DistillationConfig(Checked, part="distillation"):
     """A frozen model whose decoder is imitated: FSAE-Lite learns from FSAE-Standard (paper §2.2.3).
 
     Attributes:
@@ -107,9 +98,6 @@ class DistillationConfig:
     teacher: str | None = None
     pixel_weight: Weight = 1.0
     feature_weight: Weight = 1.0
-
-    def __post_init__(self) -> None:
-        check(self, "distillation")
 
 
 @dataclass(frozen=True)

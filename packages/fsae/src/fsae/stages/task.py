@@ -210,13 +210,9 @@ def measure_latent_statistics(
 
 
 def train_autoencoder(config: AutoencoderConfig, dataset: Any = None) -> Path | None:
-    """Train an FSAE and save it, with its latent statistics, in `output_dir/autoencoder`.
+    """Train an FSAE on `dataset`, or the clips that `config` describes, and save it with its latent statistics.
 
     The statistics of a frozen encoder are kept, those of a trained one are measured anew.
-
-    Args:
-        config: The training.
-        dataset: Clips to train on; those that `config` describes if None.
 
     Returns:
         The saved model's folder; None if a signal stopped the run, which then can be resumed.

@@ -55,11 +55,8 @@ class StrictModelMixin(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:
-        """Build the model from a named configuration, with random weights; `overrides` replace single values.
-
-        Raises:
-            UserError: no such preset, or an override that the configuration does not know.
-        """
+        """Build the model from a named configuration, with random weights; `overrides` replace single values. UserError
+        if there is no such preset, or an override that the configuration does not know."""
         if name not in cls.presets:
             raise UserError(
                 f"{cls.__name__} has no preset {name!r}{nearest(name, cls.presets)}; "
@@ -83,11 +80,8 @@ class StrictModelMixin(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_preset_or_folder(cls, model: str, **overrides: Any) -> Self:
-        """What a training's option names: a preset, built with `overrides`, or the folder of a saved model.
-
-        Raises:
-            UserError: it is neither, or as `from_preset` and `from_pretrained`.
-        """
+        """What a training's option names: a preset, built with `overrides`, or the folder of a saved model; UserError
+        if it is neither, or as `from_preset` and `from_pretrained`."""
         if cls._is_preset(model):
             return cls.from_preset(model, **overrides)
         return cls.from_pretrained(model)
@@ -97,9 +91,6 @@ class StrictModelMixin(ModelMixin, ConfigMixin):
         """`from_preset_or_folder` on the meta device, to refuse what does not fit a large model before it is built.
 
         A saved model's files are checked, but no weight is drawn or read.
-
-        Raises:
-            UserError: as `from_preset_or_folder`.
         """
         if cls._is_preset(model):
             with torch.device("meta"):
@@ -176,16 +167,13 @@ class StrictModelMixin(ModelMixin, ConfigMixin):
 
 
 def load_state(module: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a safetensors file into `module`, in place; values take the module's dtypes and devices.
-
-    Raises:
-        CheckpointError: the file is missing or cut short, or a key is missing, unknown or misshapen.
-    """
+    """Load a safetensors file into `module`, in place; values take its dtypes and devices. Errors as `read_state`."""
     module.load_state_dict(read_state(module, path), strict=True)
 
 
 def read_state(module: nn.Module, path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, which must be exactly those of `module`; errors as `load_state`."""
+    """The tensors of a safetensors file; CheckpointError if they are not exactly those of `module`, or as
+    `tensor_shapes`."""
     check_fit(_shapes_of(module), tensor_shapes(path), type(module).__name__, Path(path))
     return load_file(path)
 
@@ -208,11 +196,8 @@ def save_state(state: nn.Module | Mapping[str, torch.Tensor], path: str | os.Pat
 
 
 def tensor_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a safetensors file, from its header; the file's size is checked against it.
-
-    Raises:
-        CheckpointError: the file is missing, cut short, or no safetensors file.
-    """
+    """Names and shapes in a safetensors file, from its header; CheckpointError if it is missing, cut short or no such
+    file."""
     if not os.path.isfile(path):
         raise CheckpointError(f"there is no weights file {path}; the checkpoint is incomplete, copy it again")
     with open(path, "rb") as file:

@@ -52,11 +52,8 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:
-    """Check, before any work is done, that a folder is there and takes files, or can be made; nothing is left behind.
-
-    Raises:
-        UserError: it cannot.
-    """
+    """UserError, before any work, if a folder neither is there and takes files, nor can be made; nothing is left
+    behind."""
     folder = Path(path)
     there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
     if not there.is_dir():
@@ -71,14 +68,24 @@ def check_folder(path: str | os.PathLike[str]) -> None:
         ) from None
 
 
+def check_new_folder(path: str | os.PathLike[str]) -> None:
+    """UserError, before any work, if a place is a file or a folder with something in it, or takes no new folder."""
+    if os.path.isdir(path):
+        if os.listdir(path):
+            raise UserError(f"{path} is not empty; give a new folder")
+        check_writable(Path(path) / "file")
+    elif os.path.exists(path):
+        raise UserError(f"{path} is a file; give a new folder")
+    else:
+        check_writable(path)
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write to; rename it to `path` on success, remove it on failure.
 
-    The temporary name is hidden and keeps the file's suffix, since some writers choose their format by it.
-
-    Raises:
-        UserError: as `check_writable`, before anything is written.
+    The temporary name is hidden and keeps the file's suffix, since some writers choose their format by it. Errors as
+    `check_writable`, before anything is written.
     """
     target = check_writable(path)
     temporary = _temporary_sibling(target)
@@ -97,9 +104,6 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Its name is the same in every process and every run, so that several processes can fill it together and what a
     killed run left goes when the next one begins.
-
-    Raises:
-        OSError: the folder cannot be made or renamed.
     """
     target = Path(os.path.realpath(path))
     temporary = partial_folder(target)
@@ -142,11 +146,8 @@ def write_json(path: str | os.PathLike[str], values: Any, **options: Any) -> Non
 
 
 def read_json(path: Path, advice: str = "copy it again") -> dict[str, Any]:
-    """The object in a JSON file; `advice` ends the sentence about one that cannot be used.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or holds something else.
-    """
+    """The object in a JSON file; CheckpointError, which ends in `advice`, if it is missing, damaged, or holds something
+    else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

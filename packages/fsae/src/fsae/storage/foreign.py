@@ -41,11 +41,7 @@ class Source:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def float_dtype(self) -> torch.dtype:
-        """The type of most of its parameters.
-
-        Raises:
-            CheckpointError: a tensor is not float32 or the like.
-        """
+        """The type of most of its parameters; CheckpointError if a tensor is not float32 or the like."""
         counts: Counter[str] = Counter()
         for name, dtype in self.dtypes.items():
             if dtype not in FLOATS:

@@ -20,12 +20,7 @@ _SETTINGS = "settings.json"
 class Unfinished:
     """The parts of a file that is being made.
 
-    Args:
-        target: The file.
-        settings: What the parts depend on, as short strings; parts that others were used for do not fit.
-
-    Raises:
-        UserError: there are parts made with other settings.
+    `settings` say what they depend on, as short strings; UserError if there are parts made with others.
     """
 
     def __init__(self, target: str | os.PathLike[str], settings: Mapping[str, str]) -> None:

@@ -84,7 +84,6 @@ class Attempt:
 
 
 # --- random state
-# ------------------------------------------------------------------------------------------------
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -130,7 +129,6 @@ def load_random_state(folder: Path, rank: int) -> None:
 
 
 # --- weights and optimiser
-# ---------------------------------------------------------------------------------------
 
 
 Placement = Callable[[Tensor, Tensor], Tensor]
@@ -190,7 +188,6 @@ def _moment(tensor: Tensor, parameter: nn.Parameter, place: Placement) -> Tensor
 
 
 # --- files
-# -------------------------------------------------------------------------------------------------------
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -204,16 +201,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def check_settings(
     folder: Path, stored: Mapping[str, Any], current: Mapping[str, Any], added: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
-    """Refuse to go on under settings that would give other weights than the interrupted run's.
+    """UserError, which names them, if a checkpoint's settings differ from the run's: they would give other weights.
 
-    Args:
-        folder: the checkpoint's.
-        stored: its settings.
-        current: the run's.
-        added: of settings that earlier versions did not store, what they did, by dotted name.
-
-    Raises:
-        UserError: naming every setting that differs.
+    added: of settings that earlier versions did not store, what they did, by dotted name.
     """
     old, new = _flat(stored), _flat(json.loads(json.dumps(current)))
     old = {name: value for name, value in added.items() if name in new} | old

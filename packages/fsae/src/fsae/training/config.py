@@ -9,7 +9,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
-from fsae.bounds import Bound, Count, Decay, Folder, Index, Positive, Share, Weight, check
+from fsae.bounds import Bound, Checked, Count, Decay, Folder, Index, Positive, Share, Weight
 from fsae.data.config import ClipsConfig
 from fsae.errors import require
 
@@ -17,7 +17,7 @@ Betas = Annotated[tuple[float, float], Bound("two numbers in [0, 1)", lambda bet
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked, part="optimizer"):
     """AdamW (paper §3.1 trains with betas 0.9 and 0.95), or Muon for the matrices and AdamW for the rest.
 
     Attributes:
@@ -40,12 +40,9 @@ class OptimizerConfig:
     matrix_learning_rate: Positive = 1e-3
     momentum: Decay = 0.95
 
-    def __post_init__(self) -> None:
-        check(self, "optimizer")
-
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Checked, part="schedule"):
     """How the learning rate moves from step to step.
 
     Attributes:
@@ -57,9 +54,6 @@ class ScheduleConfig:
     kind: Literal["cosine", "constant"] = "cosine"
     warmup_steps: Index = 0
     min_ratio: Share = 0.0
-
-    def __post_init__(self) -> None:
-        check(self, "schedule")
 
     def factor(self, step: int, max_steps: int) -> float:
         """Share of the peak learning rate for the update that follows `step` finished ones.
@@ -75,7 +69,7 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class LoopConfig:
+class LoopConfig(Checked):
     """One run of the training loop. A step is one optimiser update.
 
     Attributes:
@@ -127,7 +121,7 @@ class LoopConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         whole = self.sharding == "ddp" or self.mixed_precision != "fp16"
         require(whole, "mixed_precision", self.mixed_precision, f"no or bf16 with sharding {self.sharding}")
 
@@ -161,7 +155,7 @@ _HARMLESS = (
 
 
 @dataclass(frozen=True)
-class ClipTrainingConfig:
+class ClipTrainingConfig(Checked):
     """What all trainings on clips have in common.
 
     Attributes:
@@ -181,6 +175,3 @@ class ClipTrainingConfig:
     gradient_checkpointing: bool = False
     validation_data: str | None = None
     validation_samples: Count = 4
-
-    def __post_init__(self) -> None:
-        check(self)

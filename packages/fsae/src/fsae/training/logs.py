@@ -20,10 +20,8 @@ from fsae.storage.files import atomic_path
 class Logs:
     """Scalars and images of one run; made in the main process only.
 
-    Args:
-        output_dir: The run's folder. Events go to `tensorboard/`, validation images to `validation/`.
-        start: First step of this session; events a killed run wrote beyond it are hidden.
-        tensorboard: Whether to write events.
+    Events go to `tensorboard/` in the run's folder, validation images to `validation/`. Events that a killed run wrote
+    beyond `start`, the first step of this session, are hidden.
     """
 
     def __init__(self, output_dir: Path, start: int, tensorboard: bool) -> None:

@@ -111,15 +111,13 @@ def train(
     Args:
         task: What to train.
         dataset: Map-style. Items are pure functions of their index, or of (index, epoch) if it has a method
-            `sample(index, epoch)`. If it has `settings`, JSON values, they are kept and compared as the
-            task's.
+            `sample(index, epoch)`. If it has `settings`, JSON values, they are kept and compared as the task's.
         config: The run.
         collate: Makes a batch of a list of items; torch's default_collate if None.
 
     Raises:
-        UserError: an empty dataset; a checkpoint made under other settings; a loss or gradient that is not
-            finite (the batch is saved, no update is made); TensorBoard or DeepSpeed wanted but not installed; a
-            checkpoint that cannot be written; fp16 without a GPU; two modules of one name; Muon under sharding.
+        UserError: settings that cannot be; a checkpoint made under others, or that cannot be written; a loss or
+            gradient that is not finite (the batch is saved, no update is made).
     """
     if len(dataset) == 0:
         raise UserError("the dataset is empty; give at least one sample")
@@ -201,7 +199,6 @@ class _Run:
         self.average = MovingAverage(self.model.weights, config.ema_decay) if config.ema_decay > 0 else None
 
     # --- the course of a run
-    # -------------------------------------------------------------------------------------
 
     def go(self) -> TrainingResult:
         """Resume if there is something to resume, then train."""
@@ -344,7 +341,6 @@ class _Run:
         return iter(loader)
 
     # --- the rare events
-    # -----------------------------------------------------------------------------------------
 
     def _stop_on_non_finite(
         self, step: int, batches: list[Any], outputs: list[dict[str, Tensor]], norms: list[Tensor]

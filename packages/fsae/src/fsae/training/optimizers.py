@@ -36,11 +36,8 @@ def matrices(modules: Iterable[nn.Module]) -> list[Tensor]:
 
 
 def make_optimizer(groups: list[dict[str, Any]], settings: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimiser of these groups; each group's "peak_lr" is its own "lr", or the settings'.
-
-    Raises:
-        UserError: no parameter is to be trained; Muon is wanted of a torch without it.
-    """
+    """The optimiser of these groups; each group's "peak_lr" is its own "lr", or the settings'. UserError if no
+    parameter is to be trained, or Muon is wanted of a torch without it."""
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise UserError("nothing to train: no parameter of the given modules requires a gradient")
@@ -60,12 +57,7 @@ def _adamw(settings: OptimizerConfig) -> dict[str, Any]:
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the groups whose "kind" is "muon", AdamW for all others; torch's own, on this one's state.
 
-    Args:
-        groups: As of any optimiser of torch, none of them without parameters.
-        settings: What a group does not say itself.
-
-    Raises:
-        UserError: torch has no Muon.
+    `settings` say what a group does not say itself. UserError if torch has no Muon.
     """
 
     def __init__(self, groups: list[dict[str, Any]], settings: OptimizerConfig) -> None:

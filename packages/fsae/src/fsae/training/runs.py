@@ -65,10 +65,8 @@ def report_end(result: TrainingResult, max_steps: int, *sources: Any) -> bool:
 def save_parts(result: TrainingResult, parts: Mapping[str, Any]) -> list[Path]:
     """Write parts of a pipeline, each by its `save_pretrained`, as folders of diffusers' layout in the run's folder.
 
-    A folder appears whole, in place of that of an earlier run; only the main process writes.
-
-    Raises:
-        UserError: a folder cannot be written, such as on a full disk.
+    A folder appears whole, in place of that of an earlier run; only the main process writes. UserError if one cannot be
+    written, such as on a full disk.
     """
     folders = [result.output_dir / name for name in parts]
     if result.is_main_process:

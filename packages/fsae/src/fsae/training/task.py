@@ -48,12 +48,9 @@ class Task:
     step: int = 0
 
     def loss(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """The loss of one micro-batch, already on the device.
+        """The loss of one micro-batch, already on the device, as `collate` made it of the dataset's items.
 
-        Args:
-            batch: What `collate` made of the dataset's items.
-            generator: CPU generator that follows from (seed, step, micro-batch, process). Draw all noise from
-                it.
+        `generator` is on the CPU and follows from (seed, step, micro-batch, process). Draw all noise from it.
 
         Returns:
             "loss", a scalar with a gradient, and any further scalars to log. Tensors of any shape under names
@@ -66,11 +63,7 @@ class Task:
     ) -> dict[str, Tensor]:
         """The opponents' loss of the same micro-batch, after the model's gradients of it are computed.
 
-        Args:
-            batch: As in `loss`.
-            outputs: What `loss` returned under "keep_" names, with these names.
-            generator: Another generator than that of `loss`, made in the same way.
-            step: Updates done.
+        `outputs` is what `loss` returned under "keep_" names, `generator` another one than that of `loss`.
 
         Returns:
             "loss", a scalar with a gradient, and any further scalars; logged as "opponent_loss", "opponent_...".

@@ -43,11 +43,8 @@ def save_latents(
     first_frame: Tensor | None = None,
     encoder: str | None = None,
 ) -> None:
-    """Write a clip's latents; arguments as the attributes of `SavedLatents`.
-
-    Raises:
-        UserError: the file cannot be written, or the disk is full.
-    """
+    """Write a clip's latents; arguments as the attributes of `SavedLatents`. UserError if the file cannot be
+    written."""
     tensors = {"latents": latents.contiguous()}
     if first_frame is not None:
         tensors["first_frame"] = first_frame.contiguous()
@@ -62,11 +59,7 @@ def save_latents(
 
 
 def load_latents(path: str | os.PathLike[str]) -> SavedLatents:
-    """Read what `save_latents` wrote.
-
-    Raises:
-        UserError: the file is missing, broken, or holds no latents.
-    """
+    """Read what `save_latents` wrote; UserError if the file is missing, broken, or holds no latents."""
     if not Path(path).is_file():
         raise UserError(f"there is no file {path}; give latents that 'fsae encode' wrote")
     try:

@@ -17,11 +17,8 @@ from fsae.storage.files import atomic_path
 def join_videos(segments: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]) -> None:
     """Join videos that `fsae.data.video.write_video` wrote with one size and frame rate, one after the other.
 
-    The compressed pictures are copied as they are: the result holds the very pictures of the segments, and takes
-    hardly longer than copying a file.
-
-    Raises:
-        UserError: `path` cannot be written, or a segment cannot be read.
+    The compressed pictures are copied as they are: the result holds the very pictures of the segments, and takes hardly
+    longer than copying a file. UserError if `path` cannot be written, or a segment cannot be read.
     """
     check_video_target(path)
     try:

@@ -67,15 +67,15 @@ def encode_file(
     frames: int | None = None,
     memory: int | None = None,
 ) -> SavedLatents:
-    """Encode a video or an image and write its latents.
+    """Encode a video of any length or an image and write its latents, .safetensors.
 
     Frames are scaled and cropped to multiples of the model's spatial compression, and the clip is cut to whole latents.
     The parts in OUTPUT.partial hold the latents so far; they are used if file, encoder and size are the same.
 
     Args:
         model: the autoencoder, on its device.
-        path: a video of any length, or an image.
-        output: .safetensors.
+        path: the video or image.
+        output: the latents' file.
         frames: how many of the video's first frames; None for all.
         memory: bytes that the activations may take; None for no bound.
 
@@ -210,7 +210,7 @@ def decode_file(
     first_frame: Tensor | None = None,
     memory: int | None = None,
 ) -> int:
-    """Decode latents and write the video; returns how many frames it has.
+    """Decode latents and write the video, .mp4, .m4v, .mov or .mkv; returns how many frames it has.
 
     A causal or Lite decoder works through the clip in order; its frames are written as segments of H.264 in
     OUTPUT.partial, which together take the room of the result, and are joined at the end.
@@ -218,7 +218,7 @@ def decode_file(
     Args:
         model: the autoencoder, on its device.
         saved: the latents and their frames per second.
-        output: .mp4, .m4v, .mov or .mkv.
+        output: the video's file.
         first_frame: `1 3 1 H W` in [-1, 1], which decoders with injection draw detail from.
         memory: bytes that decoding may take; None for no bound.
 

@@ -125,13 +125,8 @@ class Conversion:
 def plan_conversion(
     source: Shapes, target: Shapes, options: Mapping[str, Any], label: str = "the source"
 ) -> Conversion:
-    """Fit DC-AE's tensors to those of an FSAE, by names and shapes alone.
-
-    Args:
-        source: names and shapes of DC-AE's tensors.
-        target: names and shapes of the tensors of `FSAE(**options)`.
-        options: FSAE's configuration; its depths and residual_stages are looked at.
-        label: what errors call the source.
+    """Fit DC-AE's tensors to those of `FSAE(**options)`, by names and shapes alone; `label` is what errors call the
+    source.
 
     Raises:
         CheckpointError: a key is missing, unknown or misshapen.

@@ -138,21 +138,14 @@ LAYOUTS = (ORIGINAL, DIFFUSERS)
 
 
 def open_dc_ae(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Source:
-    """Open a folder, a .safetensors file, a name on the Hub or a state dict; only headers are read.
-
-    Raises:
-        CheckpointError: there is nothing of that name, or a file is missing, cut short or no safetensors file.
-    """
+    """Open a folder, a .safetensors file, a name on the Hub or a state dict; errors as `open_source`."""
     components = ("vae", "autoencoder")
     return open_source(source, model="its autoencoder", components=components, single="model.safetensors")
 
 
 def sizes(source: Source) -> dict[str, Any]:
-    """Widths, depths and the kinds of stages for FSAE, new innermost stage included, as config.json has them.
-
-    Raises:
-        CheckpointError: it is another kind of model, or a DC-AE of another architecture.
-    """
+    """Widths, depths and the kinds of stages for FSAE, new innermost stage included, as config.json has them;
+    CheckpointError if it is another kind of model, or a DC-AE of another architecture."""
     if "_class_name" not in source.config:
         _check_original_name(source)
         return {}

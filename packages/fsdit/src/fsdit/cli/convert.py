@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from fsae.cli.output import check_new_folder, save_to
+from fsae.cli.output import save_to
 from fsae.errors import UserError
+from fsae.storage.files import check_new_folder
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -65,19 +66,18 @@ def _check_options(options: argparse.Namespace) -> None:
 def _convert_transformer(options: argparse.Namespace) -> None:
     import torch
 
-    from fsdit.wan.convert import from_wan
+    from fsdit.wan.convert import WanImport, from_wan
 
-    print(f"reading {options.source}", file=sys.stderr)
-    model, report = from_wan(
-        options.source,
+    wanted = WanImport(
         latents=options.latents or "fsae",
         layer_memory=not options.no_layer_memory,
         memory_bias=7.0 if options.memory_bias is None else options.memory_bias,
         memory_gate=options.memory_gate,
         dtype=None if options.dtype is None else getattr(torch, DTYPES[options.dtype]),
         seed=options.seed or 0,
-        progress=sys.stderr.isatty(),
     )
+    print(f"reading {options.source}", file=sys.stderr)
+    model, report = from_wan(options.source, wanted, progress=sys.stderr.isatty())
     print(f"Wan2.1-I2V -> FSDiT\n{report}")
     save_to(options.output, lambda output: model.save_pretrained(output, max_shard_size=_SHARD))
 

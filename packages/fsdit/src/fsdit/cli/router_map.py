@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fsae.bounds import Bound, Count, check
+from fsae.bounds import Bound, Checked, Count
 from fsae.commandline import read_settings
 from fsae.data.config import Frames, Sampling, Side
 from fsae.errors import UserError
@@ -17,7 +17,7 @@ Picture = Annotated[str, Bound("a name that ends in .png", lambda name: Path(nam
 
 
 @dataclass(frozen=True)
-class RouterMapConfig:
+class RouterMapConfig(Checked):
     """Which model is looked at, on what, and where the map goes.
 
     Attributes:
@@ -59,7 +59,7 @@ class RouterMapConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         if bool(self.data) == bool(self.cache):
             given = "both data and cache are" if self.data else "neither data nor cache is"
             raise UserError(f"{given} given; give the clips to look at as one of the two")
@@ -104,6 +104,7 @@ def _clips(config: RouterMapConfig, model: Any) -> Iterator[Any]:
     """Batches of latents and embeddings; UserError where they are not what the model takes."""
     from fsae import FSAE
     from fsae.data.datasets import VideoFolder
+    from fsdit.conditioning.encoders import Encoders
     from fsdit.conditioning.folders import load_encoders
     from fsdit.router_map import cached_clips, encoded_clips
     from fsdit.training.data import CachedLatents
@@ -117,7 +118,7 @@ def _clips(config: RouterMapConfig, model: Any) -> Iterator[Any]:
     clips = VideoFolder(config.data, sampling, config.seed)
     autoencoder = FSAE.from_pretrained(config.autoencoder).to(model.device).eval()
     autoencoder.latent_shape(config.frames, config.height, config.width)
-    text_encoder, image_encoder = load_encoders(config.encoders, model.config.text_len)
-    check_widths(model, text_encoder, image_encoder, autoencoder)
-    encoders = text_encoder.to(model.device).eval(), image_encoder.to(model.device).eval()
+    encoders = load_encoders(config.encoders, model.config.text_len)
+    check_widths(model, encoders, autoencoder)
+    encoders = Encoders(encoders.text.to(model.device).eval(), encoders.image.to(model.device).eval())
     return encoded_clips(clips, config.samples, config.batch_size, autoencoder, encoders)

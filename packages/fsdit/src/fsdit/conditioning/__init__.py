@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fsae.exports import lazy_exports
 
 if TYPE_CHECKING:
-    from fsdit.conditioning.encoders import ImageEncoder, TextEncoder
+    from fsdit.conditioning.encoders import Encoders, ImageEncoder, TextEncoder
     from fsdit.conditioning.folders import load_encoders, load_image_encoder, load_text_encoder
     from fsdit.conditioning.inputs import Condition, Context, FlowBatch, first_frame_condition, model_input
     from fsdit.conditioning.nano import nano_tokenizer
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Condition",
     "Context",
+    "Encoders",
     "FlowBatch",
     "ImageEncoder",
     "TextEncoder",
@@ -28,17 +29,8 @@ __all__ = [
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
-    {
-        "Condition": "fsdit.conditioning.inputs",
-        "Context": "fsdit.conditioning.inputs",
-        "FlowBatch": "fsdit.conditioning.inputs",
-        "ImageEncoder": "fsdit.conditioning.encoders",
-        "TextEncoder": "fsdit.conditioning.encoders",
-        "first_frame_condition": "fsdit.conditioning.inputs",
-        "load_encoders": "fsdit.conditioning.folders",
-        "load_image_encoder": "fsdit.conditioning.folders",
-        "load_text_encoder": "fsdit.conditioning.folders",
-        "model_input": "fsdit.conditioning.inputs",
-        "nano_tokenizer": "fsdit.conditioning.nano",
-    },
+    encoders="Encoders ImageEncoder TextEncoder",
+    folders="load_encoders load_image_encoder load_text_encoder",
+    inputs="Condition Context FlowBatch first_frame_condition model_input",
+    nano="nano_tokenizer",
 )

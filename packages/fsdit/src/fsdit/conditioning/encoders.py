@@ -10,7 +10,7 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,11 +66,8 @@ class TextEncoder(nn.Module):
         return ([*ids[: self.text_len - 1], ids[-1]], dropped) if dropped else (ids, 0)
 
     def forward(self, prompts: Sequence[str]) -> TextEncoding:
-        """Encode `B` prompts; differentiable with respect to the model's weights.
-
-        Raises:
-            ValueError: no prompt, or a bare string, each letter of which would be taken for a prompt.
-        """
+        """Encode `B` prompts; differentiable with respect to the model's weights. A `ValueError` for no prompt, or a
+        bare string, each letter of which would be taken for a prompt."""
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"{prompts!r} given; give a list of prompts, a single one as [prompt]")
         ids, dropped = zip(*(self.tokenize(prompt) for prompt in prompts), strict=True)
@@ -102,10 +99,7 @@ def resize_for_clip(images: Tensor, size: int) -> Tensor:
 class ImageEncoder(nn.Module):
     """Images to CLIP patch features: the state before the last block, with class token, without the final norm.
 
-    Frames of any size are resized to the tower's square by `resize_for_clip`.
-
-    Args:
-        model: a transformers `CLIPVisionModel`.
+    `model` is a transformers `CLIPVisionModel`; frames of any size are resized to its square by `resize_for_clip`.
     """
 
     model: Any
@@ -129,3 +123,10 @@ class ImageEncoder(nn.Module):
         """Weights behind the state that is read: no gradient ever reaches them."""
         tower = getattr(self.model, "vision_model", self.model)
         return [*tower.encoder.layers[-1].parameters(), *tower.post_layernorm.parameters()]
+
+
+class Encoders(NamedTuple):
+    """What makes a context of captions and first frames; the two are kept, read and trained together."""
+
+    text: TextEncoder
+    image: ImageEncoder

@@ -11,31 +11,29 @@ import torch
 from torch import nn
 
 from fsae.errors import UserError
-from fsdit.conditioning.encoders import ImageEncoder, TextEncoder
-from fsdit.conditioning.nano import nano_image_encoder, nano_text_encoder, nano_tokenizer
+from fsdit.conditioning.encoders import Encoders, ImageEncoder, TextEncoder
+from fsdit.conditioning.nano import nano_tokenizer, new_image_encoder, new_text_encoder
 from fsdit.conditioning.pretrained import folder_fingerprint, load_encoder, load_tokenizer
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def load_encoders(source: str | Path, text_len: int) -> tuple[TextEncoder, ImageEncoder]:
+def load_encoders(source: str | Path, text_len: int) -> Encoders:
     """The text and image encoder; see `load_text_encoder` and `load_image_encoder`."""
-    return load_text_encoder(source, text_len), load_image_encoder(source)
+    return Encoders(load_text_encoder(source, text_len), load_image_encoder(source))
 
 
 def load_text_encoder(source: str | Path, text_len: int) -> TextEncoder:
-    """The text encoder with its tokenizer.
+    """The text encoder of "nano", a new one, or of a folder with text_encoder and tokenizer in it.
 
-    Args:
-        source: "nano" for a new nano encoder, or a folder with text_encoder and tokenizer in it.
-        text_len: rows of the text embeddings, the transformer's `config.text_len`.
+    `text_len` are the rows of the text embeddings, the transformer's.
 
     Raises:
         UserError: there is no such folder.
         CheckpointError: a part of it is missing, broken, or does not fit its class.
     """
     if str(source) == "nano":
-        return TextEncoder(nano_text_encoder(), nano_tokenizer(), text_len)
+        return TextEncoder(new_text_encoder(), nano_tokenizer(), text_len)
     from transformers import UMT5EncoderModel
 
     folder = _encoders_folder(source)
@@ -47,7 +45,7 @@ def load_text_encoder(source: str | Path, text_len: int) -> TextEncoder:
 def load_image_encoder(source: str | Path) -> ImageEncoder:
     """The image encoder of "nano" or of a folder with image_encoder in it; errors are those of `load_text_encoder`."""
     if str(source) == "nano":
-        return ImageEncoder(nano_image_encoder())
+        return ImageEncoder(new_image_encoder())
     from transformers import CLIPVisionModel
 
     return ImageEncoder(load_encoder(CLIPVisionModel, _encoders_folder(source) / "image_encoder"))

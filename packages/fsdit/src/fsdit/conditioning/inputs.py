@@ -41,12 +41,10 @@ class FlowBatch:
 
 
 def first_frame_condition(first_latent: Tensor, t: int, mask_channels: int = 4) -> Condition:
-    """The image-to-video condition: the first latent is known, the others are zero and masked out.
+    """The image-to-video condition of t latent frames: the first, `B C 1 h w`, is known, the others are zero and
+    masked.
 
-    Args:
-        first_latent: `B C 1 h w`.
-        t: latent frames of the clip.
-        mask_channels: all carry the same value; four, as in Wan2.1, one for each video frame of a latent.
+    All mask channels carry the same value; four, as in Wan2.1, one for each video frame of a latent.
     """
     if first_latent.ndim != 5 or first_latent.shape[2] != 1 or t < 1:
         raise ValueError(f"expected a first latent B C 1 h w and t >= 1, got {tuple(first_latent.shape)} and t = {t}")
@@ -85,11 +83,8 @@ def training_context(context: Context, t: int) -> Context:
 
 
 def model_input(noisy: Tensor, condition: Condition) -> Tensor:
-    """noise ‖ mask ‖ condition on the channel axis: `B (C + mask_channels + C) t h w`.
-
-    Raises:
-        ValueError: they differ in batch, length or size.
-    """
+    """noise ‖ mask ‖ condition on the channel axis: `B (C + mask_channels + C) t h w`; a `ValueError` if they do not
+    fit."""
     for given in (condition.mask, condition.latents):
         if (len(given), *given.shape[2:]) != (len(noisy), *noisy.shape[2:]):
             raise ValueError(f"latents {tuple(noisy.shape)} with a condition {tuple(given.shape)}; only C may differ")

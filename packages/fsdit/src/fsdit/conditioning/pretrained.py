@@ -40,13 +40,7 @@ _ATTENTION_KEYS = ("_attn_implementation", "attn_implementation")
 
 
 def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None, variant: str | None = None) -> Any:
-    """A transformers model, every tensor of it from the files.
-
-    Args:
-        cls: its class.
-        folder: where `save_pretrained` put it.
-        dtype: to load it in; None is the files' own.
-        variant: of the files' names, such as "fp16".
+    """A transformers model of class `cls`, every tensor of it from a folder's files, in their own dtype or in `dtype`.
 
     Raises:
         CheckpointError: config or weights are missing or cut short, the config is of another model or names attention
@@ -90,11 +84,7 @@ def load_encoder(cls: Any, folder: Path, dtype: torch.dtype | None = None, varia
 
 
 def load_tokenizer(folder: Path, class_name: str | None = None) -> Any:
-    """A transformers tokenizer; code that lies in the folder is never run.
-
-    Args:
-        folder: where `save_pretrained` put it.
-        class_name: of the class, as a pipeline's index names it; None leaves the choice to transformers.
+    """A transformers tokenizer, of the class that a pipeline's index names; code that lies in the folder is never run.
 
     Raises:
         CheckpointError: its class is not in `TOKENIZERS`, it names code of its own, or a file is missing or damaged.
@@ -123,12 +113,8 @@ def load_tokenizer(folder: Path, class_name: str | None = None) -> Any:
 def folder_fingerprint(folder: Path, *others: Path) -> str:
     """A hash of what decides an encoder's output, made of its files; of each tensor only some values are read.
 
-    Args:
-        folder: where `save_pretrained` put the encoder.
-        others: folders whose files belong to it as they are, such as the tokenizer's.
-
-    Raises:
-        CheckpointError: config or weights are missing or cut short, or a folder is.
+    `others` are folders whose files belong to it as they are, such as the tokenizer's. CheckpointError if config,
+    weights or a folder are missing or cut short.
     """
     config = {k: v for k, v in read_json(folder / "config.json").items() if k not in _FLEETING}
     files = _weight_files(folder, None)

@@ -13,11 +13,4 @@ if TYPE_CHECKING:
 
 __all__ = ["CapturedDenoise", "FlowSchedule", "denoise"]
 
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-        "CapturedDenoise": "fsdit.flow.capture",
-        "FlowSchedule": "fsdit.flow.path",
-        "denoise": "fsdit.flow.sampling",
-    },
-)
+__getattr__, __dir__ = lazy_exports(__name__, capture="CapturedDenoise", path="FlowSchedule", sampling="denoise")

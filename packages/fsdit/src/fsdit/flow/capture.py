@@ -21,15 +21,8 @@ class CapturedDenoise:
     The graph is bound to the shapes, the steps and the weights' memory that it was made with; weights may change in
     place. It keeps working memory of its own: that of one forward, and the keys and values of every block.
 
-    Args:
-        model: on a GPU, in eval mode, compiled or not.
-        noise: as `denoise` takes it. Its values and those of the next two are examples.
-        condition: as `denoise` takes it.
-        context: as `denoise` takes it.
-        options: of `denoise`; a callback cannot be one of them.
-
-    Raises:
-        UserError: no GPU, or a callback.
+    Arguments are those of `denoise`, values of noise, condition and context but examples; the model is in eval mode on
+    a GPU, compiled or not. UserError without a GPU, or with a callback.
     """
 
     def __init__(self, model: nn.Module, noise: Tensor, condition: Condition, context: Context, **options: Any) -> None:
@@ -50,11 +43,7 @@ class CapturedDenoise:
             self._latents = denoise(model, *self._inputs, **options)
 
     def __call__(self, noise: Tensor, condition: Condition, context: Context) -> Tensor:
-        """As `denoise`, `B C t h w` float32.
-
-        Raises:
-            ValueError: shapes other than those of the examples.
-        """
+        """As `denoise`, `B C t h w` float32; a `ValueError` for shapes other than those of the examples."""
         for given, kept in zip(_tensors(noise, condition, context), _tensors(*self._inputs), strict=True):
             if given.shape != kept.shape:
                 raise ValueError(f"captured for {tuple(kept.shape)}, {tuple(given.shape)} given")

@@ -24,15 +24,8 @@ from fsdit.model import FSDiT
 
 @dataclass(frozen=True)
 class Step:
-    """What a callback sees after each step.
-
-    Attributes:
-        index: 0 ... total - 1.
-        total: number of steps.
-        sigma: the noise level the step started from.
-        latents: `B C t h w` after the step.
-        clean: the model's (guided) estimate of the clean latents at `sigma`.
-    """
+    """What a callback sees after step `index` of `total`: the noise level it started from, the latents `B C t h w`
+    after it, and the model's (guided) estimate of the clean latents at that level."""
 
     index: int
     total: int
@@ -48,16 +41,8 @@ StepCallback = Callable[[Step], bool | None]
 class GuidedVelocity:
     """v_uncond + guidance·(v_cond - v_uncond) in float32; the branches differ in their text alone and share one batch.
 
-    With guidance 1 the unconditional branch has no say and is not run.
-
-    Args:
-        model: an FSDiT, or anything called as one.
-        condition: known latents and their mask.
-        context: text, image and negative-text embeddings.
-        guidance: the scale.
-
-    Raises:
-        UserError: guidance without a negative embedding, or with one of another length than the text's.
+    With guidance 1 the unconditional branch has no say and is not run. UserError for guidance without a negative
+    embedding, or with one of another length than the text's.
     """
 
     def __init__(self, model: nn.Module, condition: Condition, context: Context, guidance: float) -> None:
@@ -112,7 +97,7 @@ def denoise(
     solver: SolverName = "unipc",
     callback: StepCallback | None = None,
 ) -> Tensor:
-    """Clean latents from noise.
+    """Clean latents from noise, `B C t h w` float32.
 
     Args:
         model: an FSDiT, or anything called as one.
@@ -124,9 +109,6 @@ def denoise(
         guidance: classifier-free guidance scale; 1 switches it off.
         solver: `unipc` or `euler`.
         callback: called after every step; it may end the sampling.
-
-    Returns:
-        `B C t h w` float32.
     """
     run = make_solver(solver, schedule.sigmas(steps))
     velocity_of = GuidedVelocity(model, condition, context, guidance)

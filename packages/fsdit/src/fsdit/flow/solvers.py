@@ -42,15 +42,10 @@ class Solver(Protocol):
     def step(self, index: int, x: Tensor, velocity: Tensor) -> Tensor:
         """Latents at level `index + 1` from those at `index` and the velocity there. Call it once a level, in
         order."""
-        ...
 
 
 def make_solver(name: SolverName, sigmas: Sequence[float]) -> Solver:
-    """A solver for one run over `sigmas`, whose last one is 0.
-
-    Raises:
-        UserError: no solver of that name.
-    """
+    """A solver for one run over `sigmas`, whose last one is 0; UserError if there is none of that name."""
     if name == "unipc":
         return UniPC(sigmas)
     if name == "euler":

@@ -17,12 +17,9 @@ from fsdit.layers.modulation import at_least_float32
 
 
 class Rotary(NamedTuple):
-    """Positions of a sequence's tokens.
+    """Positions of tokens: float32 `n 1 P` with P = head_dim / 2 channel pairs.
 
-    Attributes:
-        cosine: float32 `n 1 P` with P = head_dim / 2 channel pairs.
-        sine: float32 `n 1 P`.
-        length: N, the tokens of the whole sequence; n are those at hand, fewer where processes share a sequence.
+    `length` is N, the tokens of the whole sequence; n are those at hand, fewer where processes share a sequence.
     """
 
     cosine: Tensor

@@ -80,8 +80,7 @@ class CacheReport:
     Attributes:
         folder: The cache.
         samples: Samples in this process's shards.
-        made: Shards that it made now.
-        kept: Shards that were finished before.
+        made, kept: Shards that it made now, and that were finished before.
         missing: Shards of all processes that are still to be made.
         skipped: Each of its files that could not be read, and why.
     """
@@ -99,8 +98,7 @@ def make_cache(config: CacheConfig, clips: Any = None) -> CacheReport:
 
     Args:
         config: What is encoded, by what, and where it goes.
-        clips: With what `BucketedClips` has of `buckets`, `entries`, `entry` and `read`; the clips that `config`
-            describes if None.
+        clips: With what `BucketedClips` has of `buckets`, `entries`, `entry` and `read`; those of `config` if None.
 
     Raises:
         UserError: the folder holds another cache or other things, or cannot be written; nothing can be read; a part
@@ -129,7 +127,7 @@ def make_cache(config: CacheConfig, clips: Any = None) -> CacheReport:
         prompts.fill(["", *captions], partial(load_text_encoder, config.encoders, config.text_len), device)
         shards.write_empty(folder, prompts.require("").rows)
     if todo:
-        _encode(config, header, device, clips, prompts, todo)
+        _encode(config, header, clips, prompts, todo)
     finished = [shards.read_shard(folder, number) for number in own]
     return CacheReport(
         folder=folder,
@@ -204,7 +202,6 @@ def _load_autoencoder(folder: str) -> FSAE:
 def _encode(
     config: CacheConfig,
     header: shards.Header,
-    device: torch.device,
     clips: BucketedClips,
     prompts: PromptCache | None,
     todo: dict[int, list[Place]],
@@ -218,7 +215,7 @@ def _encode(
             return Clip(place, None, error=str(error))
         return Clip(place, to_video_tensor(torch.from_numpy(pixels)), span)
 
-    places = [place for chosen in todo.values() for place in chosen]
+    places, device = [place for chosen in todo.values() for place in chosen], choose_device(config.device)
     with (
         loaded(partial(_load_autoencoder, config.autoencoder), device) as autoencoder,
         loaded(partial(load_image_encoder, config.encoders), device) if prompts else nullcontext() as image_encoder,

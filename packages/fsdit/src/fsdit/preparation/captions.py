@@ -48,14 +48,8 @@ class Captioner(Protocol):
 
 @dataclass(frozen=True)
 class CaptionReport:
-    """What was done.
-
-    Attributes:
-        path: The list.
-        asked: Captions that the model wrote now.
-        kept: Captions that were there before.
-        skipped: Files that could not be read, or that nothing was said about, and why.
-    """
+    """The list at `path`: captions that the model wrote now, those kept from before, and files that could not be read,
+    or that nothing was said about, with the reason."""
 
     path: Path
     asked: int
@@ -64,11 +58,7 @@ class CaptionReport:
 
 
 def write_captions(config: CaptionConfig, captioner: Captioner | None = None) -> CaptionReport:
-    """Caption what the source holds and write the list.
-
-    Args:
-        config: Source, list, model.
-        captioner: Answers in the model's place.
+    """Caption what the source holds and write the list; `captioner` answers in the model's place.
 
     Raises:
         UserError: a source that cannot be used, a list that cannot be written, or no file that can be read.
@@ -129,11 +119,8 @@ def _ask(
 
 
 def sample_frames(media: Media, count: int) -> list[Picture]:
-    """Frames spread evenly over a video or its span, as far as it can be read; an image is its only frame.
-
-    Raises:
-        UserError: nothing can be read.
-    """
+    """Frames spread evenly over a video or its span, as far as it can be read (UserError if nothing can); an image is
+    one."""
     if media.is_image:
         return [load_image(media)]
     info = probe(media.file, count=False)
@@ -200,12 +187,7 @@ def _end_last_line(path: Path) -> None:
 class QwenCaptioner(nn.Module):
     """Qwen2.5-VL by transformers; the frames of a video are shown as pictures one after another.
 
-    Args:
-        model: a `Qwen2_5_VLForConditionalGeneration`.
-        tokenizer: its own.
-        prompt: what it is asked.
-        max_pixels: pixels of a frame; larger ones are scaled down.
-        max_tokens: the longest answer.
+    `model` is a `Qwen2_5_VLForConditionalGeneration`; frames of more than `max_pixels` are scaled down.
     """
 
     model: Any
@@ -226,12 +208,8 @@ class QwenCaptioner(nn.Module):
 
     @classmethod
     def load(cls, config: CaptionConfig) -> QwenCaptioner:
-        """The model of a folder.
-
-        Raises:
-            UserError: there is no such folder.
-            CheckpointError: it holds another model, or one that is incomplete.
-        """
+        """The model of a folder; UserError if there is none, CheckpointError if it holds another model, or an
+        incomplete one."""
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         folder = Path(config.model)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from fsae.bounds import Bound, Count, Folder, Index, Several, Source, Text, Weight, check
+from fsae.bounds import Bound, Checked, Count, Folder, Index, Several, Source, Text, Weight
 from fsae.data.config import ClipsConfig
 from fsae.errors import UserError, require
 
 
 @dataclass(frozen=True)
-class CacheConfig:
+class CacheConfig(Checked):
     """Clips encoded once: their latents, and the embeddings of their captions and first frames.
 
     Without encoders the cache keeps captions and first frames themselves, for a training that brings its encoders, and
@@ -64,7 +64,7 @@ class CacheConfig:
     verify: bool = False
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         require(0 <= self.rank < self.ranks, "rank", self.rank, f"0 to {self.ranks - 1} with ranks {self.ranks}")
         if self.encoders == "nano":
             raise UserError(
@@ -83,7 +83,7 @@ Pixels = Annotated[int, Bound(f"{56 * 56} or more", lambda count: count >= 56 * 
 
 
 @dataclass(frozen=True)
-class CaptionConfig:
+class CaptionConfig(Checked):
     """Captions of videos and images, written by a vision-language model.
 
     Attributes:
@@ -108,6 +108,3 @@ class CaptionConfig:
     max_tokens: Count = 256
     keep: bool = True
     device: str | None = None
-
-    def __post_init__(self) -> None:
-        check(self)

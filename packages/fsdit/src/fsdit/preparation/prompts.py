@@ -35,13 +35,7 @@ class PromptRows(NamedTuple):
 
 
 class PromptCache:
-    """The embeddings of prompts by one text encoder.
-
-    Args:
-        folder: Where they are kept; made when the first is.
-        fingerprint: `fsdit.conditioning.folders.text_encoder_fingerprint` of the encoder.
-        text_len: Rows of an embedding.
-    """
+    """The embeddings of `text_len` rows of prompts, by the encoder with a `text_encoder_fingerprint`, in a folder."""
 
     def __init__(self, folder: str | os.PathLike[str], fingerprint: str, text_len: int) -> None:
         self.folder, self.fingerprint, self.text_len = Path(folder), fingerprint, text_len
@@ -69,18 +63,10 @@ class PromptCache:
             return None
 
     def fill(self, prompts: Sequence[str], load: Callable[[], TextEncoder], device: str | torch.device = "cpu") -> int:
-        """Make the entries that are missing or damaged; returns how many.
+        """Make the entries that are missing or damaged; returns how many. UserError if one cannot be written.
 
-        Each prompt is encoded by itself, so that an entry does not depend on those made with it. The encoder is loaded
-        if an entry is missing, and freed again.
-
-        Args:
-            prompts: Any; repetitions are encoded once.
-            load: Gives the encoder that has the cache's fingerprint and text_len.
-            device: Where it computes.
-
-        Raises:
-            UserError: an entry cannot be written.
+        Each prompt is encoded by itself, so that an entry does not depend on those made with it. If an entry is
+        missing, `load` gives the encoder, which has the cache's fingerprint and text_len; it is freed again.
         """
         missing = [prompt for prompt in {self.key(p): p for p in prompts}.values() if self.get(prompt) is None]
         if missing:
@@ -101,11 +87,7 @@ class PromptCache:
         return TextEncoding(embeddings, lengths, tuple(entry.dropped for entry in entries))
 
     def require(self, prompt: str) -> PromptRows:
-        """The entry.
-
-        Raises:
-            UserError: there is none, or it is damaged.
-        """
+        """The entry; UserError if there is none, or it is damaged."""
         entry = self.get(prompt)
         if entry is None:
             raise UserError(

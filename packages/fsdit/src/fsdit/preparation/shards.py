@@ -156,11 +156,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def check_place(folder: Path) -> None:
-    """Refuse a folder that holds other things than a cache; hidden files are not looked at.
-
-    Raises:
-        UserError: it does.
-    """
+    """UserError if a folder holds other things than a cache; hidden files are not looked at."""
     if (folder / _HEADER).exists() or not folder.is_dir():
         return
     other = next((path.name for path in sorted(folder.iterdir()) if not path.name.startswith(".")), None)
@@ -170,11 +166,7 @@ def check_place(folder: Path) -> None:
 
 
 def begin(folder: Path, header: Header) -> None:
-    """Write the header, or compare it with that of the cache that was begun there.
-
-    Raises:
-        UserError: the folder holds a cache of something else, or cannot be written.
-    """
+    """Write the header; UserError if the folder holds a cache with another one, or cannot be written."""
     if (folder / _HEADER).exists():
         different = read_header(folder).differences(header)
         if different:
@@ -254,12 +246,8 @@ def is_cache(folder: str) -> bool:
 
 
 def read_header(folder: Path) -> Header:
-    """What cache.json says.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-        UserError: it is of another version.
-    """
+    """What cache.json says; CheckpointError if there is none, or it is damaged, UserError if it is of another
+    version."""
     if not (folder / _HEADER).is_file():
         raise CheckpointError(f"{folder} is no cache of clips: it has no {_HEADER}; give a folder 'fsdit cache' made")
     content = read_json(folder / _HEADER)
@@ -272,11 +260,7 @@ def read_header(folder: Path) -> Header:
 
 
 def read_shard(folder: Path, number: int) -> Shard:
-    """What a shard holds, its file's presence and size checked.
-
-    Raises:
-        CheckpointError: it is not finished, missing, cut short, or its list is damaged.
-    """
+    """What a shard holds; CheckpointError if it, or its list, is not finished, missing, cut short or damaged."""
     path = shard_path(folder, number)
     again = "run the same 'fsdit cache' again, which makes it anew"
     if not path.with_suffix(".json").is_file():

@@ -30,10 +30,11 @@ from torch.utils.data import Dataset
 
 from fsae import FSAE
 from fsae.data.buckets import Bucket, BucketOrder
-from fsae.data.config import SIDE, STRIDE, ClipsConfig
+from fsae.data.config import ClipsConfig
 from fsae.data.order import Cut
 from fsae.data.sources import Entry
 from fsae.errors import CheckpointError, UserError
+from fsae.shapes import PAPER
 from fsae.storage.files import check_folder
 from fsae.training.config import ClipTrainingConfig
 from fsae.transcoding.fingerprints import encoder_fingerprint
@@ -120,11 +121,7 @@ class CachedLatents(Dataset[dict[str, Any]]):
         return {**vars(self), "_open": OrderedDict()}  # open files stay with their process
 
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
-        """A sample; the same in every epoch.
-
-        Raises:
-            CheckpointError: its shard can no longer be read.
-        """
+        """A sample, the same in every epoch; CheckpointError if its shard can no longer be read."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         about, place = self.samples[index], self._places[index]
@@ -156,16 +153,13 @@ class CachedLatents(Dataset[dict[str, Any]]):
         return {**batch, "text": pad_text(batch["text"], self.text_len)} if "text" in batch else batch
 
     def first_of_size(self, config: ClipTrainingConfig) -> dict[str, Any]:
-        """A batch of the first clips of the length and size that are to be validated on.
-
-        Raises:
-            UserError: there is none.
-        """
+        """A batch of the first clips of the length and size that are to be validated on; UserError if there is none."""
         frames, height, width = config.clips.shapes[0]
-        wanted = 1 + frames // STRIDE, height // SIDE, width // SIDE
+        wanted = PAPER.latent_size(frames, height, width)
         indices = [index for index, shape in enumerate(self.shapes) if shape[1:] == wanted]
         if not indices:
-            there = sorted({f"{1 + STRIDE * (t - 1)} of {SIDE * w}x{SIDE * h}" for _, t, h, w in self.shapes})
+            videos = {PAPER.video_size(*shape[1:]) for shape in self.shapes}
+            there = [f"{length} of {w}x{h}" for length, h, w in sorted(videos)]
             raise UserError(
                 f"no clip of the cache has {frames} frames of {width}x{height} pixels to validate on; "
                 f"set clips.frames, height and width to what it has ({', '.join(there)}), or loop.validate_every to 0"
@@ -181,11 +175,7 @@ class CachedLatents(Dataset[dict[str, Any]]):
             )
 
     def check_fits(self, config: Any) -> None:
-        """Refuse latents, and embeddings if there are any, that a transformer does not take.
-
-        Args:
-            config: The transformer's, with latent_channels, text_dim, text_len and image_dim.
-        """
+        """Refuse latents, and embeddings if there are any, that a transformer of this configuration does not take."""
         pairs = [("latents have", self.shapes[0][0], config.latent_channels, "channels")]
         if self.empty_text is not None:
             pairs += [
@@ -274,9 +264,9 @@ class Samples:
     If there is an embedding of the empty prompt, `L D`, the samples hold embeddings and no encoder is needed.
     """
 
-    samples: Any
-    held_out: Any
-    batch: Mapping[str, Any] | None
+    samples: Any = None
+    held_out: Any = None
+    batch: Mapping[str, Any] | None = None
     collate: Callable[[list[Any]], Any] | None = None
     empty_text: Tensor | None = None
 

@@ -11,7 +11,7 @@ from fsae import FSAE
 from fsae.errors import UserError
 from fsae.training.loop import TrainingResult, train
 from fsae.training.runs import is_main_process, read_samples, report_end, save_parts
-from fsdit.conditioning.encoders import ImageEncoder, TextEncoder
+from fsdit.conditioning.encoders import Encoders
 from fsdit.conditioning.folders import load_encoders
 from fsdit.model import FSDiT
 from fsdit.training.config import TransformerConfig
@@ -22,12 +22,8 @@ from fsdit.training.task import FlowMatchingTask, check_widths
 def train_transformer(config: TransformerConfig, dataset: Any = None, validation: Any = None) -> list[Path]:
     """Train an FSDiT and save it in `output_dir/transformer`, with the encoders beside it if they were trained.
 
-    What does not fit is refused before the transformer is built.
-
-    Args:
-        config: The training.
-        dataset: Samples to train on (`fsdit.training.data`); those that `config` describes if None.
-        validation: Held-out samples; those that `config` describes if None.
+    What does not fit is refused before the transformer is built. Samples to train on (`fsdit.training.data`) and held-
+    out ones are those that `config` describes if None.
 
     Returns:
         The saved folders; none if a signal stopped the run, which then can be resumed.
@@ -37,18 +33,16 @@ def train_transformer(config: TransformerConfig, dataset: Any = None, validation
     autoencoder = _autoencoder(config)
     clips = _read_clips(config, outline, autoencoder, dataset, validation)
     torch.manual_seed(loop.seed)
-    text_encoder, image_encoder = _encoders(config, outline, clips)
-    check_widths(outline, text_encoder, image_encoder, autoencoder)
+    encoders = _encoders(config, outline, clips)
+    check_widths(outline, encoders, autoencoder)
     transformer = FSDiT.from_preset_or_folder(config.model, **config.model_options)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    task = FlowMatchingTask(
-        transformer, text_encoder, image_encoder, config, autoencoder, clips.batch, clips.empty_text
-    )
+    task = FlowMatchingTask(transformer, encoders, config, autoencoder, clips)
     result = train(task, clips.samples, loop, clips.collate)
     if not report_end(result, loop.max_steps, clips.samples, clips.held_out):
         return []
-    return _save(result, text_encoder)
+    return _save(result, encoders)
 
 
 def _read_clips(
@@ -86,9 +80,7 @@ def _outline(config: TransformerConfig) -> FSDiT:
     return FSDiT.outline(config.model, **config.model_options)
 
 
-def _encoders(
-    config: TransformerConfig, outline: FSDiT, clips: Samples
-) -> tuple[TextEncoder | None, ImageEncoder | None]:
+def _encoders(config: TransformerConfig, outline: FSDiT, clips: Samples) -> Encoders | None:
     """The encoders, if samples do not hold what they give."""
     if clips.empty_text is None:
         return load_encoders(config.encoders, outline.config.text_len)
@@ -97,17 +89,17 @@ def _encoders(
             "encoders or train_encoders is given with a cache that holds what encoders gave; leave them out, or make "
             "the cache without encoders"
         )
-    return None, None
+    return None
 
 
 def _autoencoder(config: TransformerConfig) -> FSAE | None:
     return FSAE.from_pretrained(config.autoencoder).requires_grad_(False) if config.autoencoder else None
 
 
-def _save(result: TrainingResult, text_encoder: TextEncoder | None) -> list[Path]:
+def _save(result: TrainingResult, encoders: Encoders | None) -> list[Path]:
     """Write the trained modules (averaged, if there is an average) as folders in diffusers' layout."""
     parts: dict[str, Any] = {name: result.export(name) for name in result.modules}
     if "text_encoder" in parts:
-        assert text_encoder is not None
-        parts["tokenizer"] = text_encoder.tokenizer
+        assert encoders is not None
+        parts["tokenizer"] = encoders.text.tokenizer
     return save_parts(result, parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -19,14 +19,14 @@ from fsae.training.config import OptimizerConfig
 from fsae.training.logs import frame_grid
 from fsae.training.loop import Task
 from fsae.training.runs import is_main_process
-from fsdit.conditioning.encoders import ImageEncoder, TextEncoder
+from fsdit.conditioning.encoders import Encoders
 from fsdit.conditioning.inputs import Condition, Context, FlowBatch, model_input, training_condition, training_context
 from fsdit.flow.path import TIMESTEPS, interpolate, pseudo_huber, velocity
 from fsdit.flow.sampling import denoise
 from fsdit.model import FSDiT
 from fsdit.training.config import FlowMatchingConfig
-from fsdit.training.data import to_device_of
-from fsdit.training.samples import write_samples_if_possible
+from fsdit.training.data import Samples, to_device_of
+from fsdit.training.samples import write_samples
 
 
 class Draws(NamedTuple):
@@ -50,12 +50,10 @@ class FlowMatchingTask(Task):
 
     Args:
         transformer: Trained.
-        text_encoder: Trained with it if `config.trains_encoders`, else only read; None where batches hold embeddings.
-        image_encoder: As the text encoder.
+        encoders: Trained with it if `config.trains_encoders`, else only read; None where batches hold embeddings.
         config: Loss, noise levels, dropout, rates, validation sampling.
         autoencoder: Frozen; needed for batches of videos, and to show validation samples.
-        validation: A batch to validate on.
-        empty_text: `L D`, the embedding of the empty prompt; needed where batches hold embeddings.
+        clips: Have the batch to validate on and, where batches hold embeddings, that of the empty prompt.
     """
 
     added_settings = MappingProxyType({"stills_see_image": False})
@@ -63,25 +61,21 @@ class FlowMatchingTask(Task):
     def __init__(
         self,
         transformer: FSDiT,
-        text_encoder: TextEncoder | None,
-        image_encoder: ImageEncoder | None,
+        encoders: Encoders | None,
         config: FlowMatchingConfig,
         autoencoder: FSAE | None = None,
-        validation: Mapping[str, Any] | None = None,
-        empty_text: Tensor | None = None,
+        clips: Samples = Samples(),  # noqa: B008, frozen
     ) -> None:
-        check_widths(transformer, text_encoder, image_encoder, autoencoder)
-        self.transformer, self.text_encoder, self.image_encoder = transformer, text_encoder, image_encoder
-        self.config, self.autoencoder, self.validation = config, autoencoder, validation
-        self.empty_text, self.ranks_per_sample = empty_text, config.context_parallel
-        self.trains_encoders = config.trains_encoders and text_encoder is not None
+        check_widths(transformer, encoders, autoencoder)
+        self.transformer, self.encoders, self.config, self.autoencoder = transformer, encoders, config, autoencoder
+        self.validation, self.empty_text, self.ranks_per_sample = clips.batch, clips.empty_text, config.context_parallel
+        self.trains_encoders = config.trains_encoders and encoders is not None
         trained: dict[str, nn.Module] = {"transformer": transformer}
         frozen: dict[str, nn.Module] = {} if autoencoder is None else {"autoencoder": autoencoder}
-        for name, encoder in (("text_encoder", text_encoder), ("image_encoder", image_encoder)):
-            if encoder is not None:
-                (trained if self.trains_encoders else frozen)[name] = encoder.model
-        if image_encoder is not None:
-            for parameter in image_encoder.unused_parameters():
+        if encoders is not None:
+            models = {"text_encoder": encoders.text.model, "image_encoder": encoders.image.model}
+            (trained if self.trains_encoders else frozen).update(models)
+            for parameter in encoders.image.unused_parameters():
                 parameter.requires_grad_(False)  # or several processes would wait for their gradients
         self.modules, self.frozen = trained, frozen
         self.settings = {
@@ -148,10 +142,9 @@ class FlowMatchingTask(Task):
         """Embeddings of captions and first frames, with gradients only if the encoders are trained.
 
         Args:
-            batch: B clips.
-            captions: B of them; where the batch holds embeddings, each is the clip's own or empty.
-            t: Latent frames of the clips. The image features of single frames are zeros, unless
+            batch: B clips of `t` latent frames. The image features of single frames are zeros, unless
                 `config.stills_see_image` says otherwise.
+            captions: B of them; where the batch holds embeddings, each is the clip's own or empty.
             negative: Give the empty prompt's embedding as well.
         """
         embed = self._kept_context if "text" in batch else self._encoded_context
@@ -159,12 +152,12 @@ class FlowMatchingTask(Task):
         return context if self.config.stills_see_image else training_context(context, t)
 
     def _encoded_context(self, batch: Any, captions: Sequence[str], negative: bool) -> Context:
-        assert self.text_encoder is not None and self.image_encoder is not None
+        assert self.encoders is not None
         images = batch["image"] if "image" in batch else batch["video"][:, :, 0]
         with nullcontext() if self.trains_encoders else torch.no_grad():
-            text = self.text_encoder(captions).embeddings
-            empty = self.text_encoder([""] * len(captions)).embeddings if negative else None
-            return Context(text, self.image_encoder(images), empty)
+            text = self.encoders.text(captions).embeddings
+            empty = self.encoders.text([""] * len(captions)).embeddings if negative else None
+            return Context(text, self.encoders.image(images), empty)
 
     def _kept_context(self, batch: Any, captions: Sequence[str], negative: bool) -> Context:
         text: Tensor = batch["text"]
@@ -191,7 +184,7 @@ class FlowMatchingTask(Task):
             results["samples"] = frame_grid([truth, video])
             folder = Path(self.config.loop.output_dir, "samples", f"step-{step:08d}")
             if is_main_process():
-                write_samples_if_possible(folder, video, list(batch["caption"]), self.config.validation_fps)
+                write_samples(folder, video, list(batch["caption"]), self.config.validation_fps)
         return results
 
     def _sample(self, batch: Any, clean: FlowBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -235,19 +228,13 @@ class FlowMatchingTask(Task):
         return [*groups, {"params": routers, "weight_decay": 0.0, "lr": rate}]
 
 
-def check_widths(
-    transformer: FSDiT,
-    text_encoder: TextEncoder | None,
-    image_encoder: ImageEncoder | None,
-    autoencoder: FSAE | None,
-) -> None:
+def check_widths(transformer: FSDiT, encoders: Encoders | None, autoencoder: FSAE | None) -> None:
     """UserError where a part's width is not the transformer's; parts may be missing."""
     config = transformer.config
     pairs = []
-    if text_encoder is not None:
-        pairs.append(("text encoder", text_encoder.model.config.d_model, config.text_dim))
-    if image_encoder is not None:
-        pairs.append(("image encoder", image_encoder.model.config.hidden_size, config.image_dim))
+    if encoders is not None:
+        pairs.append(("text encoder", encoders.text.model.config.d_model, config.text_dim))
+        pairs.append(("image encoder", encoders.image.model.config.hidden_size, config.image_dim))
     if autoencoder is not None:
         pairs.append(("autoencoder", autoencoder.config.latent_channels, config.latent_channels))
     for part, gives, takes in pairs:

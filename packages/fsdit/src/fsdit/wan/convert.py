@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from fsae.errors import CheckpointError, UserError
 from fsae.storage.checkpoint import Shapes, check_fit
-from fsae.storage.foreign import FLOATS, Report
+from fsae.storage.foreign import FLOATS, Report, Source
 from fsdit.layers.layer_memory import LayerRouter
 from fsdit.model import FSDiT
 from fsdit.wan.transformer import Layout, layout_of, open_wan, wan_options
@@ -37,16 +37,54 @@ _ENDS = ("patch_embedding.", "head.head.")
 """The layers whose shapes follow from the latents."""
 
 
+@dataclass(frozen=True)
+class WanImport:
+    """What is made of a Wan model.
+
+    Attributes:
+        latents: "fsae" for FSAE's latents, with a new patch embedding and last map; "wan" for those of Wan's
+            autoencoder, with which the model runs as the Wan model it was.
+        layer_memory: give blocks 2 ... L a router (paper §2.3.1).
+        memory_bias: c of the routers' start: 7 to adapt the pretrained model, 1 as from scratch.
+        memory_gate: give each router a gate that starts closed: the result computes exactly what Wan computes.
+        dtype: of the weights; that of most of the source's if None. Routers, modulation, time embedding and norms stay
+            in at least float32, as FSDiT keeps them.
+        num_heads: of a source without config.json; heads of 128 channels, as all Wan models have, if None.
+        seed: of the new weights.
+
+    Raises:
+        UserError: an option that does not fit.
+    """
+
+    latents: Latents = "fsae"
+    layer_memory: bool = True
+    memory_bias: float = 7.0
+    memory_gate: bool = False
+    dtype: torch.dtype | None = None
+    num_heads: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.latents not in get_args(Latents):
+            raise UserError(f"latents {self.latents!r} given; one of {', '.join(get_args(Latents))} is accepted")
+        if not math.isfinite(self.memory_bias):
+            raise UserError(f"memory_bias is {self.memory_bias}; it must be a finite number, such as 7")
+        if self.memory_gate and not self.layer_memory:
+            raise UserError(
+                "memory_gate is a gate of Layer Memory's routers, which layer_memory leaves out; choose one"
+            )
+        if self.dtype is not None and self.dtype not in FLOATS.values():
+            raise UserError(f"weights cannot be {self.dtype}; choose bfloat16, float16, float32 or float64")
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """FSDiT's options of Layer Memory."""
+        return {name: getattr(self, name) for name in ("layer_memory", "memory_bias", "memory_gate")}
+
+
 def from_wan(
     source: str | os.PathLike[str] | Mapping[str, Tensor],
-    *,
-    latents: Latents = "fsae",
-    layer_memory: bool = True,
-    memory_bias: float = 7.0,
-    memory_gate: bool = False,
-    dtype: torch.dtype | None = None,
-    num_heads: int | None = None,
-    seed: int = 0,
+    options: WanImport = WanImport(),
     progress: bool = False,
 ) -> tuple[FSDiT, Report]:
     """Build an FSDiT from a checkpoint of Wan2.1-I2V-14B's transformer, tensor by tensor.
@@ -57,15 +95,7 @@ def from_wan(
     Args:
         source: the transformer's folder or that of a pipeline with it, a .safetensors file, a name on the Hub, or a
             state dict; by Wan's own names or by those of diffusers' `WanTransformer3DModel`.
-        latents: "fsae" for FSAE's latents, with a new patch embedding and last map; "wan" for those of Wan's
-            autoencoder, with which the model runs as the Wan model it was.
-        layer_memory: give blocks 2 ... L a router (paper §2.3.1).
-        memory_bias: c of the routers' start: 7 to adapt the pretrained model, 1 as from scratch.
-        memory_gate: give each router a gate that starts closed: the result computes exactly what Wan computes.
-        dtype: of the weights; that of most of the source's if None. Routers, modulation, time embedding and norms stay
-            in at least float32, as FSDiT keeps them.
-        num_heads: of a source without config.json; heads of 128 channels, as all Wan models have, if None.
-        seed: of the new weights.
+        options: what is made of it.
         progress: whether tensors are counted on stderr.
 
     Returns:
@@ -74,18 +104,16 @@ def from_wan(
     Raises:
         CheckpointError: the source is no such checkpoint, it is quantised, or a key is missing, unknown or misshapen:
             the first is named.
-        UserError: an option that does not fit.
     """
-    _check_options(latents, layer_memory, memory_bias, memory_gate, dtype)
     opened = open_wan(source)
     layout = layout_of(opened)
-    own = wan_options(opened, layout, num_heads)
-    memory = {"layer_memory": layer_memory, "memory_bias": memory_bias, "memory_gate": memory_gate}
-    model = _on_meta(target_options(own, latents) | memory, opened.label)
-    plan = plan_conversion(opened.shapes, shapes_of(model), own, layout, latents, opened.label)
+    own = wan_options(opened, layout, options.num_heads)
+    model = _on_meta(target_options(own, options.latents) | options.memory, opened.label)
+    plan = plan_conversion(opened, shapes_of(model), own, layout, options.latents)
     most = opened.float_dtype()
-    dtype = dtype or most
-    state = {name: tensor.to(_dtype_of(name, dtype)) for name, tensor in _new_tensors(model, plan, seed).items()}
+    dtype = options.dtype or most
+    new = _new_tensors(model, plan, options.seed)
+    state = {name: tensor.to(_dtype_of(name, dtype)) for name, tensor in new.items()}
     for name in tqdm(plan.carried, desc="converting", unit="tensor", disable=not progress):
         parts = [opened.read(part) for part in plan.carried[name]]
         state[name] = _joined(parts, _dtype_of(name, dtype), copy=isinstance(source, Mapping))
@@ -95,13 +123,8 @@ def from_wan(
 
 @dataclass(frozen=True)
 class Conversion:
-    """Which tensors of Wan make which of FSDiT.
-
-    Attributes:
-        carried: a tensor of FSDiT -> those of Wan that it is made of, one after the other on its rows.
-        dropped: the tensors of Wan for which FSDiT has no place.
-        new: the tensors of FSDiT for which Wan has none.
-    """
+    """Which tensors of Wan make which of FSDiT: those carried, a tensor of FSDiT -> those of Wan that it is made of,
+    one after the other on its rows; those dropped, Wan's own; those new, FSDiT's own."""
 
     carried: Mapping[str, tuple[str, ...]]
     dropped: tuple[str, ...]
@@ -119,17 +142,16 @@ class Conversion:
 
 
 def plan_conversion(
-    source: Shapes, target: Shapes, own: Mapping[str, Any], layout: Layout, latents: Latents, label: str = "the source"
+    source: Source, target: Shapes, own: Mapping[str, Any], layout: Layout, latents: Latents
 ) -> Conversion:
     """Fit Wan's tensors to those of an FSDiT, by names and shapes alone.
 
     Args:
-        source: names and shapes of Wan's tensors.
+        source: Wan's checkpoint.
         target: names and shapes of the FSDiT that is made.
         own: FSDiT's configuration of the Wan model itself (`fsdit.wan.transformer.wan_options`).
         layout: Wan's names.
         latents: whose latents the FSDiT takes.
-        label: what errors call the source.
 
     Raises:
         CheckpointError: a key is missing, unknown or misshapen.
@@ -137,14 +159,14 @@ def plan_conversion(
     expected: dict[str, tuple[int, ...]] = {}
     dropped: list[str] = []
     carried: dict[str, tuple[str, ...]] = {}
-    for name, (rows, *rest) in shapes_of(_on_meta(own, label)).items():
+    for name, (rows, *rest) in shapes_of(_on_meta(own, source.label)).items():
         parts = layout.parts(name)
         expected |= dict.fromkeys(parts, (rows // len(parts), *rest))
         if latents == "fsae" and name.startswith(_ENDS):
             dropped += parts
         else:
             carried[name] = parts
-    check_fit(expected, source, f"Wan2.1-I2V by {layout.name} names", label)
+    check_fit(expected, source.shapes, f"Wan2.1-I2V by {layout.name} names", source.label)
     return Conversion(carried, tuple(dropped), tuple(name for name in target if name not in carried))
 
 
@@ -195,16 +217,3 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     """What FSDiT keeps a tensor in, when the others are `dtype`."""
     wide = any(part in FSDiT._keep_in_fp32_modules for part in name.split("."))
     return torch.promote_types(dtype, torch.float32) if wide else dtype
-
-
-def _check_options(
-    latents: str, layer_memory: bool, memory_bias: float, memory_gate: bool, dtype: torch.dtype | None
-) -> None:
-    if latents not in get_args(Latents):
-        raise UserError(f"latents {latents!r} given; one of {', '.join(get_args(Latents))} is accepted")
-    if not math.isfinite(memory_bias):
-        raise UserError(f"memory_bias is {memory_bias}; it must be a finite number, such as 7")
-    if memory_gate and not layer_memory:
-        raise UserError("memory_gate is a gate of Layer Memory's routers, which layer_memory leaves out; choose one")
-    if dtype is not None and dtype not in FLOATS.values():
-        raise UserError(f"weights cannot be {dtype}; choose bfloat16, float16, float32 or float64")

@@ -103,13 +103,8 @@ _IMAGE = _Names(
 
 @dataclass(frozen=True)
 class Encoder:
-    """An encoder that fits and can be written.
-
-    Attributes:
-        folder: the name of the folder that it belongs in.
-        model: transformers' model.
-        report: what was carried over and dropped.
-    """
+    """An encoder that fits and can be written: the name of its folder, transformers' model, what was carried and
+    dropped."""
 
     folder: str
     model: Any
@@ -118,11 +113,7 @@ class Encoder:
 
 def open_encoders(source: str | Path) -> tuple[Encoder, Encoder]:
     """The text and the image encoder in the original's folder; their weights stay in the files until they are used.
-
-    Raises:
-        CheckpointError: a file is missing, cut short or holds more than tensors, or a key is missing, unknown or
-            misshapen: the first is named.
-    """
+    CheckpointError if a file is missing, cut short or holds more than tensors, or as `text_encoder`."""
     folder = Path(source)
     if (folder / "text_encoder" / "config.json").is_file():
         raise CheckpointError(
@@ -142,11 +133,8 @@ def save_encoders(encoders: Sequence[Encoder], source: str | Path, output: str |
 
 
 def text_encoder(state: Mapping[str, Tensor], label: str = "the state dict") -> Encoder:
-    """UMT5's encoder from Wan's names; the sizes are what the shapes tell.
-
-    Raises:
-        CheckpointError: a key is missing, unknown or misshapen, or the weights are quantised.
-    """
+    """UMT5's encoder from Wan's names; the sizes are what the shapes tell. CheckpointError if a key is missing, unknown
+    or misshapen, or the weights are quantised."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     shapes = _float_shapes(state, label)
@@ -166,11 +154,7 @@ def text_encoder(state: Mapping[str, Tensor], label: str = "the state dict") -> 
 
 
 def image_encoder(state: Mapping[str, Tensor], label: str = "the state dict") -> Encoder:
-    """CLIP's vision tower from Wan's names; the text tower beside it is dropped.
-
-    Raises:
-        CheckpointError: a key is missing, unknown or misshapen, or the weights are quantised.
-    """
+    """CLIP's vision tower from Wan's names, errors as `text_encoder`; the text tower beside it is dropped."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     shapes = _float_shapes(state, label)

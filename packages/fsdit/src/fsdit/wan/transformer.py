@@ -132,11 +132,7 @@ LAYOUTS = (ORIGINAL, DIFFUSERS)
 
 def open_wan(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Source:
     """Open the transformer's folder or that of a pipeline with it, a .safetensors file, a name on the Hub or a state
-    dict; only headers are read.
-
-    Raises:
-        CheckpointError: there is nothing of that name, or a file is missing, cut short or no safetensors file.
-    """
+    dict; errors as `open_source`."""
     subfolder = None
     if not isinstance(source, Mapping):
         folder = Path(source)
@@ -149,11 +145,8 @@ def open_wan(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Source:
 
 
 def layout_of(source: Source) -> Layout:
-    """Whose names a Wan2.1-I2V transformer goes by.
-
-    Raises:
-        CheckpointError: it is none, or one without an image branch, or quantised.
-    """
+    """Whose names a Wan2.1-I2V transformer goes by; CheckpointError if it is none, has no image branch, or is
+    quantised."""
     config, shapes = source.config, source.shapes
     kind = config.get("_class_name", "WanModel")
     if kind not in ("WanModel", "WanTransformer3DModel"):
@@ -190,14 +183,9 @@ def _typical_names(layout: Layout) -> set[str]:
 def wan_options(source: Source, layout: Layout, num_heads: int | None = None) -> dict[str, Any]:
     """FSDiT's configuration of the Wan model itself: its own latents, patches and channels, without Layer Memory.
 
-    Args:
-        source: the checkpoint.
-        layout: its names.
-        num_heads: of a checkpoint without a configuration; heads of 128 channels if None.
-
     Raises:
         CheckpointError: it is another model, or another kind of Wan model.
-        UserError: `num_heads` is not what the configuration says, or is needed.
+        UserError: `num_heads`, of a checkpoint without a configuration, is needed, or is not what that says.
     """
     options = _sizes_in_tensors(source, layout) | _sizes_in_config(source)
     known = options.setdefault("num_heads", num_heads)

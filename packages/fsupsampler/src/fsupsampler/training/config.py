@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from fsae.bounds import Bound, Count, Decay, Several, Share, Weight, check
+from fsae.bounds import Bound, Checked, Count, Decay, Several, Share, Weight
 from fsae.errors import UserError, require
 from fsae.training.config import ClipTrainingConfig
 from fsdit.flow.path import FlowSchedule
@@ -16,7 +16,7 @@ Ratios = Annotated[tuple[float, float, float], _RATIOS]
 
 
 @dataclass(frozen=True)
-class UpsamplerLoss:
+class UpsamplerLoss(Checked, part="loss"):
     """Weights of the upsampler's loss (paper §2.4.1, eq. 9).
 
     Attributes:
@@ -31,7 +31,7 @@ class UpsamplerLoss:
     perceptual: Weight = 0.1
 
     def __post_init__(self) -> None:
-        check(self, "loss")
+        super().__post_init__()
         require(self.latent + self.pixel > 0, "loss", self, "above 0 for latent or pixel")
 
 
@@ -57,7 +57,7 @@ class UpsamplerConfig(ClipTrainingConfig):
 
 
 @dataclass(frozen=True)
-class MaskConfig:
+class MaskConfig(Checked, part="mask"):
     """The dynamic mask (paper §2.4.2).
 
     Attributes:
@@ -75,12 +75,12 @@ class MaskConfig:
     decay: Decay = 0.99
 
     def __post_init__(self) -> None:
-        check(self, "mask")
+        super().__post_init__()
         require(self.low <= self.high, "mask.low", self.low, f"at most mask.high, {self.high}")
 
 
 @dataclass(frozen=True)
-class RegularizationConfig:
+class RegularizationConfig(Checked, part="regularization"):
     """What is done to the draft in training, so that the refiner does not merely copy it (paper §2.4.2).
 
     Attributes:
@@ -98,9 +98,6 @@ class RegularizationConfig:
     shuffle: Share = 0.5
     shuffle_ratios: Ratios = (0.6, 0.3, 0.1)
     shuffle_window: Several = 3
-
-    def __post_init__(self) -> None:
-        check(self, "regularization")
 
 
 @dataclass(frozen=True, kw_only=True)

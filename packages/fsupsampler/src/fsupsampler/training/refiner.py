@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ from torch import Generator, Tensor, nn
 from fsae import FSAE
 from fsae.training.loop import train
 from fsae.training.runs import is_main_process, report_end, save_parts
-from fsdit.conditioning.encoders import ImageEncoder, TextEncoder
+from fsdit.conditioning.encoders import Encoders
 from fsdit.conditioning.folders import load_encoders
 from fsdit.conditioning.inputs import Condition, FlowBatch, first_frame_condition, nothing_known
 from fsdit.model import FSDiT
-from fsdit.training.data import CachedLatents, report_missing_captions
+from fsdit.training.data import CachedLatents, Samples, report_missing_captions
 from fsdit.training.task import FlowMatchingTask
 from fsupsampler.refiner import DynamicMask, RunningMask, deviation_latents, refiner_condition
 from fsupsampler.regularization import regularize
@@ -26,24 +25,29 @@ from fsupsampler.training.data import check_statistics, latent_pair, load_autoen
 from fsupsampler.upsampler import LatentUpsampler
 
 
+@dataclass(frozen=True)
+class FrozenParts:
+    """What the refiner's training reads and leaves as it is.
+
+    Attributes:
+        upsampler: Makes the drafts.
+        autoencoder: Needed for batches of videos, and to show validation samples as images.
+        base: The base model; drafts are then made of its one-step estimates (`deviation_latents`).
+    """
+
+    upsampler: LatentUpsampler
+    autoencoder: FSAE | None = None
+    base: FSDiT | None = None
+
+
 class RefinerTask(FlowMatchingTask):
     """Flow matching at the high resolution, conditioned on the upsampled draft.
 
-    A clip of one frame has no draft: it is learned from its caption alone.
+    A clip of one frame has no draft: it is learned from its caption alone. Trained are the refiner and the percentiles
+    of the dynamic mask.
 
-    Batches hold `low` `B C t h w` and `high` `B C t 2h 2w`, or `video` `B 3 T H W`; `caption`, B strings; and
-    `image` or the embeddings as those of `FlowMatchingTask`.
-
-    Args:
-        refiner: Trained, and with it the percentiles of the dynamic mask.
-        text_encoder: The base model's, only read; None where batches hold embeddings.
-        image_encoder: As the text encoder.
-        upsampler: Frozen.
-        config: Loss, noise levels, mask, regularisation, validation sampling.
-        autoencoder: Frozen; needed for batches of videos, and to show validation samples as images.
-        base: The base model, frozen; drafts are then made of its one-step estimates (`deviation_latents`).
-        validation: A batch to validate on.
-        empty_text: `L D`, the embedding of the empty prompt; needed where batches hold embeddings.
+    Batches hold `low` `B C t h w` and `high` `B C t 2h 2w`, or `video` `B 3 T H W`; `caption`, B strings; and `image`
+    or the embeddings as those of `FlowMatchingTask`, whose arguments these are as well.
     """
 
     config: RefinerConfig
@@ -51,19 +55,15 @@ class RefinerTask(FlowMatchingTask):
     def __init__(
         self,
         refiner: FSDiT,
-        text_encoder: TextEncoder | None,
-        image_encoder: ImageEncoder | None,
-        upsampler: LatentUpsampler,
+        encoders: Encoders | None,
+        parts: FrozenParts,
         config: RefinerConfig,
-        autoencoder: FSAE | None = None,
-        base: FSDiT | None = None,
-        validation: Mapping[str, Any] | None = None,
-        empty_text: Tensor | None = None,
+        clips: Samples = Samples(),  # noqa: B008, frozen
     ) -> None:
-        if autoencoder is not None:
-            check_statistics(upsampler, autoencoder)
-        super().__init__(refiner, text_encoder, image_encoder, config, autoencoder, validation, empty_text)
-        mask = config.mask
+        upsampler, base, mask = parts.upsampler, parts.base, config.mask
+        if parts.autoencoder is not None:
+            check_statistics(upsampler, parts.autoencoder)
+        super().__init__(refiner, encoders, config, parts.autoencoder, clips)
         self.mask = RunningMask(
             DynamicMask(mask.low, mask.high, scalar=mask.scalar, inverted=mask.inverted), mask.decay
         )
@@ -110,10 +110,7 @@ class RefinerTask(FlowMatchingTask):
 def train_refiner(config: RefinerConfig, dataset: Any = None, validation: Any = None) -> list[Path]:
     """Train a refiner and save it in `output_dir/refiner`, its mask in `output_dir/dynamic_mask`.
 
-    Args:
-        config: The training.
-        dataset: Samples to train on (`fsupsampler.training.data`); those that `config` describes if None.
-        validation: Held-out samples; those that `config` describes if None.
+    Samples to train on (`fsupsampler.training.data`) and held-out ones are those that `config` describes if None.
 
     Returns:
         The saved folders; none if a signal stopped the run, which then can be resumed.
@@ -131,10 +128,9 @@ def train_refiner(config: RefinerConfig, dataset: Any = None, validation: Any = 
         pairs.samples.check_encoders(config.encoders)
     elif dataset is None and is_main_process():
         report_missing_captions(pairs.samples.entries)
-    encoders: tuple[TextEncoder | None, ImageEncoder | None] = (None, None)
-    if pairs.empty_text is None:
-        encoders = load_encoders(config.encoders, refiner.config.text_len)
-    task = RefinerTask(refiner, *encoders, upsampler, config, autoencoder, base, pairs.batch, pairs.empty_text)
+    embedded = pairs.empty_text is not None
+    encoders = None if embedded else load_encoders(config.encoders, refiner.config.text_len)
+    task = RefinerTask(refiner, encoders, FrozenParts(upsampler, autoencoder, base), config, pairs)
     result = train(task, pairs.samples, config.loop, pairs.collate)
     if not report_end(result, config.loop.max_steps, pairs.samples, pairs.held_out):
         return []

@@ -29,15 +29,8 @@ SLICE = 4
 class UpsamplerTask(Task):
     """Draft the high-resolution latents from the low-resolution ones.
 
-    Batches hold `low` `B C t h w` and `high` `B C t 2h 2w`, or `video` `B 3 T H W`, or, for
-    losses on decoded pixels of encoded pairs, all three.
-
-    Args:
-        upsampler: Trained.
-        loss: Weights.
-        autoencoder: Frozen; needed for batches of videos and for losses on pixels.
-        perceptual: LPIPS, or None.
-        validation: A batch to validate on.
+    Batches hold `low` `B C t h w` and `high` `B C t 2h 2w`, or `video` `B 3 T H W`, or, for losses on decoded pixels of
+    encoded pairs, all three. The autoencoder, frozen, is needed for batches of videos and for losses on pixels.
     """
 
     def __init__(
@@ -98,16 +91,7 @@ class UpsamplerTask(Task):
 
 
 def train_upsampler(config: UpsamplerConfig, dataset: Any = None, validation: Any = None) -> list[Path]:
-    """Train a LatentUpsampler and save it in `output_dir/upsampler`.
-
-    Args:
-        config: The training.
-        dataset: Samples to train on (`fsupsampler.training.data`); those that `config` describes if None.
-        validation: Held-out samples; those that `config` describes if None.
-
-    Returns:
-        The saved folder; none if a signal stopped the run, which then can be resumed.
-    """
+    """Train a LatentUpsampler and save it in `output_dir/upsampler`; arguments and result as `train_refiner`."""
     torch.manual_seed(config.loop.seed)
     autoencoder = load_autoencoder(config)
     statistics = {name: autoencoder.config[name] for name in ("latent_channels", "latents_mean", "latents_std")}

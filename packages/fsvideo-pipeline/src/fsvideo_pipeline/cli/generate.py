@@ -57,11 +57,8 @@ def parse(argv: list[str]) -> GenerateOptions:
 
 
 def make_job(options: GenerateOptions, model: Path) -> Job:
-    """What is to be made, settled for the model in this folder, of which no weight is read.
-
-    Raises:
-        UserError: something in the options cannot be used, or the video could not be written.
-    """
+    """What is to be made by the model in this folder, of which no weight is read; UserError if something in the options
+    cannot be used, or the video could not be written."""
     size = None if options.size is None else parse_size(options.size)
     check_output(options.output)
     request = VideoRequest(

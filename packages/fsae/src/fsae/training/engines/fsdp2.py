@@ -18,19 +18,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fsae.training.checkpointing import load_modules, load_optimizer, optimizer_tensors
+from fsae.training.checkpointing import load_modules, load_optimizer
 from fsae.training.config import LoopConfig
 from fsae.training.engines.protocol import Engine, ModuleSet, OneForward, eval_mode
 
 
 class Fsdp2(Engine):
-    """Modules of which every process holds a part.
-
-    Args:
-        accelerator: The run's, with several processes.
-        trained: What to train.
-        config: The run's, for the accumulation; its precision is "no" or "bf16".
-    """
+    """Modules of which every process holds a part, in a run of several; precision is "no" or "bf16"."""
 
     sharded = True
 
@@ -62,10 +56,6 @@ class Fsdp2(Engine):
             finally:
                 release(self.forward)
 
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        return {name: parameter for parameter, name in self.names.items()}
-
     def gathered(self, parts: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
         """Whole tensors, in the processes that `keep` them; split ones come to the CPU, one after the other."""
         kept = {}
@@ -78,14 +68,8 @@ class Fsdp2(Engine):
     def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: placed(tensors[name], weight) for name, weight in self.weights.items()}
 
-    def state(self, name: str, keep: bool) -> dict[str, Tensor]:
-        return self.gathered(self.modules[name].state_dict(), keep)
-
     def load_modules(self, folder: Path) -> None:
         load_modules(folder, self.modules, placed)
-
-    def moments(self, keep: bool) -> dict[str, Tensor]:
-        return self.gathered(optimizer_tensors(self.optimizer, self.names), keep)
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         load_optimizer(self.optimizer, moments, self.names, placed)

@@ -17,19 +17,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fsae.training.checkpointing import optimizer_tensors
 from fsae.training.config import OptimizerConfig
 from fsae.training.optimizers import make_optimizer
 
 
 @dataclass(frozen=True)
 class ModuleSet:
-    """Modules that are updated together: what is trained, or what it is trained against.
-
-    Attributes:
-        modules: The modules by name.
-        parameter_groups: Makes the optimiser's groups of their parameters.
-        optimizer: The optimiser's settings.
-    """
+    """Modules that are updated together: what is trained, or what it is trained against. `parameter_groups` makes the
+    optimiser's groups of their parameters."""
 
     modules: Mapping[str, nn.Module]
     parameter_groups: Callable[[OptimizerConfig], list[dict[str, Any]]]
@@ -77,7 +73,6 @@ class Engine(Protocol):
     forward: nn.Module
 
     # --- the same in every engine
-    # ---------------------------------------------------------------------------------------------------
 
     def set_rate(self, factor: float) -> float:
         """Set the learning rates to a share of their peaks; returns the first group's."""
@@ -98,7 +93,6 @@ class Engine(Protocol):
                 parameter.requires_grad_(True)
 
     # --- a step
-    # ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -117,12 +111,11 @@ class Engine(Protocol):
         """Eval mode, in which weights may be exchanged; every module then has the mode it had."""
 
     # --- what is kept
-    # ---------------------------------------------------------------------------------------------------
 
     @property
-    @abstractmethod
     def weights(self) -> dict[str, Tensor]:
         """What this process holds of each trained weight, to be averaged as it is."""
+        return {name: parameter for parameter, name in self.names.items()}
 
     @abstractmethod
     def gathered(self, parts: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
@@ -132,17 +125,17 @@ class Engine(Protocol):
     def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `gathered`, for all `weights`."""
 
-    @abstractmethod
     def state(self, name: str, keep: bool) -> dict[str, Tensor]:
         """Weights and buffers of the module `name`; empty in processes that do not `keep` them."""
+        return self.gathered(self.modules[name].state_dict(), keep)
 
     @abstractmethod
     def load_modules(self, folder: Path) -> None:
         """Load each module strictly from a checkpoint."""
 
-    @abstractmethod
     def moments(self, keep: bool) -> dict[str, Tensor]:
         """The optimiser's state under "<moment>/<parameter>"; empty in processes that do not `keep` it."""
+        return self.gathered(optimizer_tensors(self.optimizer, self.names), keep)
 
     @abstractmethod
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:

@@ -11,19 +11,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fsae.training.checkpointing import load_modules, load_optimizer, optimizer_tensors
+from fsae.training.checkpointing import load_modules, load_optimizer
 from fsae.training.config import LoopConfig
 from fsae.training.engines.protocol import Engine, ModuleSet, OneForward, eval_mode
 
 
 class Replicated(Engine):
-    """Modules that every process holds whole; the only engine that scales losses for fp16.
-
-    Args:
-        accelerator: The run's.
-        trained: What to train.
-        config: The run's, for precision and accumulation.
-    """
+    """Modules that every process holds whole; the only engine that scales losses for fp16."""
 
     sharded = False
 
@@ -51,24 +45,14 @@ class Replicated(Engine):
     def evaluating(self) -> AbstractContextManager[None]:
         return eval_mode(self.modules)
 
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        return {name: parameter for parameter, name in self.names.items()}
-
     def gathered(self, parts: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in parts.items()} if keep else {}
 
     def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensors[name] for name in self.weights}
 
-    def state(self, name: str, keep: bool) -> dict[str, Tensor]:
-        return self.gathered(self.modules[name].state_dict(), keep)
-
     def load_modules(self, folder: Path) -> None:
         load_modules(folder, self.modules)
-
-    def moments(self, keep: bool) -> dict[str, Tensor]:
-        return self.gathered(optimizer_tensors(self.optimizer, self.names), keep)
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         load_optimizer(self.optimizer, moments, self.names)

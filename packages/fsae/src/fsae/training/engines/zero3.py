@@ -30,17 +30,10 @@ from fsae.training.engines.protocol import Engine, ModuleSet, OneForward, eval_m
 
 
 class Zero3(Engine):
-    """Modules of which every process holds a part, split by DeepSpeed.
+    """Modules of which every process holds a part, split by DeepSpeed (UserError if it is not installed).
 
-    A parameter without a gradient in a step is updated with a gradient of zero, where torch leaves it alone.
-
-    Args:
-        accelerator: The run's, with several processes.
-        trained: What to train, by AdamW; Muon's updates need whole matrices, which no process has.
-        config: The run's, for precision and accumulation.
-
-    Raises:
-        UserError: DeepSpeed is not installed.
+    They are trained by AdamW; Muon's updates need whole matrices, which no process has. A parameter without a gradient
+    in a step is updated with a gradient of zero, where torch leaves it alone.
     """
 
     sharded = True
@@ -67,16 +60,13 @@ class Zero3(Engine):
         self.forward = _EngineForward(self.engine)
 
     # --- a step
-    # ---------------------------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's loss to this process's part."""
         self._micro_batches += 1
         self.engine.set_gradient_accumulation_boundary(self._micro_batches % self.accumulation == 0)
         self.engine.backward(loss)
 
     def clip(self, max_norm: float) -> Tensor:
-        """The gradient's global L2 norm; `step` scales it down to `max_norm`, 0 for any."""
         from deepspeed.utils import safe_get_local_grad
 
         self.engine.optimizer.clip_grad = max_norm
@@ -86,7 +76,6 @@ class Zero3(Engine):
         return square.sqrt()
 
     def step(self) -> None:
-        """Update the weights and forget the gradient."""
         self.engine.step()
         # Else a parameter that the next step does not use would be updated with this step's gradient again.
         self.engine.optimizer.grad_partitions_flat_buffer.zero_()
@@ -102,7 +91,6 @@ class Zero3(Engine):
                 self.engine.empty_partition_cache()
 
     # --- what is kept of it
-    # ---------------------------------------------------------------------------------------------------
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -115,18 +103,15 @@ class Zero3(Engine):
         return {name: tensor.cpu() for name, tensor in whole if keep}
 
     def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of `gathered`."""
         return {name: _cut(tensors[name], parameter) for parameter, name in self.names.items()}
 
     def state(self, name: str, keep: bool) -> dict[str, Tensor]:
-        """Weights and buffers of the module `name`, on the CPU."""
         own = self.modules[name].state_dict(keep_vars=True)
         whole = ((k, _whole(_part(t), t) if isinstance(t, nn.Parameter) else t) for k, t in own.items())
         return {key: tensor.detach().cpu() for key, tensor in whole if keep}
 
     @torch.no_grad()
     def load_modules(self, folder: Path) -> None:
-        """Load each module strictly from a checkpoint; every process takes its part."""
         for name, module in self.modules.items():
             tensors = read_state(self.templates[name], folder / f"{name}.safetensors")
             for key, own in module.state_dict(keep_vars=True).items():
@@ -137,7 +122,6 @@ class Zero3(Engine):
         self.engine.empty_partition_cache()  # what was gathered is outdated
 
     def moments(self, keep: bool) -> dict[str, Tensor]:
-        """The optimiser's state under "<moment>/<parameter>", on the CPU."""
         tensors: dict[str, Tensor] = {}
         for place in self._places():
             for moment, value in sorted(self.optimizer.state.get(place.vector, {}).items()):  # all processes alike
