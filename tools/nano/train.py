@@ -41,8 +41,7 @@ from tasks import CameraClips, ClipTask, MatchingTask, SeeingTask, Weights, loos
 from fsae import FSAE
 from fsae.data.buckets import Bucket
 from fsae.data.config import ClipsConfig
-from fsae.data.media import Media
-from fsae.data.sources import Entry
+from fsae.data.media import Entry, Media
 from fsae.data.video import to_frames
 from fsae.losses.perceptual import PerceptualLoss
 from fsae.stages.task import measure_latent_statistics

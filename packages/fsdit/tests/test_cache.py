@@ -26,9 +26,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5Enco
 from fsae import FSAE
 from fsae.data.buckets import BucketedClips
 from fsae.data.config import BucketConfig, ClipsConfig, SourceConfig
-from fsae.data.media import Media
+from fsae.data.media import Entry, Media
 from fsae.data.order import Cut, EpochItems, MicroBatches, order_of
-from fsae.data.sources import Entry
 from fsae.data.video import read_video, to_video_tensor, write_video
 from fsae.errors import UserError
 from fsdit.cli import main
