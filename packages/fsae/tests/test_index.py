@@ -5,20 +5,26 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import math
 import multiprocessing
 import os
 import pickle
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fsae.data import index as indices
+from fsae.data.buckets import BucketedClips, BucketOrder
+from fsae.data.config import BucketConfig, Mixture, SourceConfig
 from fsae.data.index import Entries, Index
 from fsae.data.media import Entry, Media
+from fsae.data.order import Cut, derived_generator
 from fsae.data.sources import read_source
 from fsae.data.video import VideoInfo, probe, write_video
 from fsae.errors import UserError
@@ -90,6 +96,56 @@ def mixed(folder: Path) -> list[list[Entry]]:
     listed = [Entry(Media(folder / "media/b.mp4", start=0.5), "später"), Entry(Media(folder / "none.mp4"))]
     listed += [Entry(Media(folder / "media/b.mp4", end=0.5)), Entry(Media(folder / "media/inner.png"), " ")]
     return [[*files, Entry(packed[0], "said"), Entry(packed[1])], listed]
+
+
+def plain_buckets(sources: list[list[Entry]], weights: Sequence[float], config: BucketConfig) -> dict[Any, Any]:
+    """(share, numbers) of each size's sources, file by file: a video of 8 frames a second fits by its frames."""
+    found: dict[Any, Any] = {size: [] for size in config.sizes()}
+    first, fitting = 0, []
+    for entries in sources:
+        own = []
+        for number, (media, _) in enumerate(entries, first):
+            try:
+                height, width, frames = (10, 20, 1) if media.is_image else (32, 48, probe(media.file).frames)
+            except UserError:
+                continue
+            length = (min(frames / 8, media.end or math.inf) - media.start) * 8
+            if config.frames == 1 if media.is_image else length >= config.frames:
+                ratio = math.log(height / width)
+                own.append((number, min(found, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))))
+        fitting.append(own)
+        first += len(entries)
+    total = sum(weight for weight, own in zip(weights, fitting, strict=True) if own)
+    for weight, own in zip(weights, fitting, strict=True):
+        for size, members in found.items():
+            numbers = [number for number, its in own if its == size]
+            if numbers:
+                members.append((weight / total * len(numbers) / len(own), numbers))
+    return {size: members for size, members in found.items() if members}
+
+
+@pytest.mark.filterwarnings("ignore:broken")
+def test_entries_buckets_and_draws_are_those_of_a_plain_look_at_every_file(tmp_path: Path) -> None:
+    sources = mixed(tmp_path)
+    configs = [BucketConfig(frames=5, area=65536), BucketConfig(frames=1, area=65536, weight=2)]
+    paths = [str(tmp_path / "media"), str(tmp_path / "list.jsonl")]
+    mixture = Mixture([SourceConfig(paths[0]), SourceConfig(paths[1], 0.5)], configs)
+    for _ in range(2):  # as it is made, and as it is opened
+        clips = BucketedClips(mixture)
+        assert list(clips.entries) == [*sources[0], *sources[1]]
+        assert [list(read_source(path)) for path in paths] == sources
+        expected = [plain_buckets(sources, (1, 0.5), config) for config in configs]
+        got = [(b.frames, b.size, [(share, list(rows)) for share, rows in b.members]) for b in clips.buckets]
+        assert got == [(c.frames, *item) for c, sizes in zip(configs, expected, strict=True) for item in sizes.items()]
+        items = [n for sizes in expected for members in sizes.values() for _, numbers in members for n in numbers]
+        assert [clips.entry(place) for place in range(len(clips))] == [clips.entries[number] for number in items]
+
+        bucket = max(clips.buckets, key=len)
+        count = len(bucket.members[0][1])
+        alone = BucketOrder([bucket], Cut(3, 1))
+        drawn = [alone.micro_batch(step, 0)[0] for step in range(40)]
+        of_first = [index - bucket.first for index, epoch in drawn if epoch == 0 and index - bucket.first < count]
+        assert of_first == torch.randperm(count, generator=derived_generator(3, 2, 0, 0, 0)).tolist()
 
 
 def test_an_index_is_opened_and_not_made_again(tmp_path: Path, probed: list[str]) -> None:

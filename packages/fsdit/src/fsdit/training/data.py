@@ -31,8 +31,9 @@ from torch.utils.data import Dataset
 from fsae import FSAE
 from fsae.data.buckets import Bucket, BucketOrder
 from fsae.data.config import SIDE, STRIDE, ClipsConfig
+from fsae.data.index import Entries
+from fsae.data.media import Entry
 from fsae.data.order import Cut
-from fsae.data.sources import Entry
 from fsae.errors import CheckpointError, UserError
 from fsae.storage.files import check_folder
 from fsae.training.config import ClipTrainingConfig
@@ -46,9 +47,13 @@ PathLike = str | os.PathLike[str]
 _OPEN_SHARDS = 64
 
 
-def report_missing_captions(entries: Sequence[Entry]) -> None:
+def report_missing_captions(entries: Entries | Sequence[Entry]) -> None:
     """Say on stderr how many clips of the sources have no caption, if any has none."""
-    missing, number = sum(not entry.caption.strip() for entry in entries), len(entries)
+    number = len(entries)
+    if isinstance(entries, Entries):
+        missing = entries.without_caption()
+    else:
+        missing = sum(not entry.caption.strip() for entry in entries)
     if missing:
         clips, have = "clip" if number == 1 else "clips", "has" if missing == 1 else "have"
         some, none = f"{missing} of {number} {clips} {have} no caption", f"none of {number} {clips} has a caption"
