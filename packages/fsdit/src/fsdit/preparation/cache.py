@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -125,8 +125,8 @@ def make_cache(config: CacheConfig, clips: Any = None) -> CacheReport:
     prompts = None
     if config.encoders:
         prompts = PromptCache(config.prompts or folder / "prompts", header.text_encoder, config.text_len)
-        captions = [clips.entry(place.item).caption for chosen in todo.values() for place in chosen]
-        prompts.fill(["", *captions], partial(load_text_encoder, config.encoders, config.text_len), device)
+        captions = (clips.entry(place.item).caption for chosen in todo.values() for place in chosen)
+        prompts.fill(chain([""], captions), partial(load_text_encoder, config.encoders, config.text_len), device)
         shards.write_empty(folder, prompts.require("").rows)
     if todo:
         _encode(config, header, device, clips, prompts, todo)
