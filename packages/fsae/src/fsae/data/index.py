@@ -27,7 +27,6 @@ from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fsae.data.image import image_size
@@ -48,18 +47,9 @@ _PROBING_THREADS = 8  # more than processors: most of the time is waiting for th
 # path is empty where it is the part's own. file stands for the bytes: path and place, and a part's own size and time.
 # What was probed: frames, 0 if that failed for the reason why; width and height; fps; counted as in `VideoInfo`.
 _PROBES = {"probed": bool, "frames": np.int64, "height": np.int32, "width": np.int32, "fps": float, "counted": bool}
-_PLACE = {
-    "path": str,
-    "member": str,
-    "caption": str,
-    "offset": np.int64,
-    "size": np.int64,
-    "start": float,
-    "end": float,
-}
-_SCHEMA = {**_PLACE, "image": bool, "file": np.uint64, **_PROBES, "why": str}
+_PLACE = {"path": str, "member": str, "offset": np.int64, "size": np.int64, "start": float, "end": float}
+_SCHEMA = {**_PLACE, "caption": str, "image": bool, "file": np.uint64, **_PROBES, "why": str}
 _UNPROBED = (False, 0, 0, 0, 1.0, False, "")
-_PARTS = {"path": str, "size": np.int64, "time": np.int64, "first": np.int64}
 
 Read = Callable[[str], Iterable[Entry]]
 
@@ -68,7 +58,8 @@ class Index(Sequence[Entry]):
     """The entries of a source.
 
     Args:
-        parts: Of each file that it was made of, its path, size and time in nanoseconds, and its first row.
+        parts: Of each file that it was made of, its path, its stamp (size, and time in nanoseconds), and its
+            first row.
         rows: Of each entry the columns `_SCHEMA`; an open end is NaN.
     """
 
@@ -80,28 +71,16 @@ class Index(Sequence[Entry]):
 
     def __getitem__(self, row: int) -> Entry:  # type: ignore[override]
         row = range(len(self))[row]
-        values = {name: self.rows.value(name, row) for name in _PLACE}
-        path = values["path"] or self.parts.texts["path"][self.part(row)]
-        end = None if np.isnan(values["end"]) else values["end"]
-        media = Media(Path(path), values["member"], values["offset"], values["size"], values["start"], end)
-        return Entry(media, values["caption"])
-
-    def part(self, row: int) -> int:
-        """Which part a row is of."""
-        return int(np.searchsorted(self.parts.numbers["first"], row, side="right")) - 1
+        path, member, offset, size, start, end = (self.rows.value(name, row) for name in _PLACE)
+        part = int(np.searchsorted(self.parts.numbers["first"], row, side="right")) - 1
+        path = Path(path or self.parts.texts["path"][part])
+        media = Media(path, member, offset, size, start, None if np.isnan(end) else end)
+        return Entry(media, self.rows.texts["caption"][row])
 
     def info(self, row: int) -> VideoInfo | str:
         """Length and size of a probed file; of one that cannot be read, why."""
         frames, height, width, fps, counted = (self.rows.value(name, row) for name in list(_PROBES)[1:])
         return VideoInfo(frames, height, width, fps, counted) if frames else self.rows.value("why", row)
-
-    def without_caption(self) -> int:
-        """How many entries have none."""
-        captions = self.rows.texts["caption"]
-        empty = captions.ends[1:] == captions.ends[:-1]
-        first = captions.data[np.minimum(captions.ends[:-1], len(captions.data) - 1)] if len(captions.data) else empty
-        blank = sum(not captions[row].strip() for row in np.flatnonzero(~empty & (first <= ord(" "))).tolist())
-        return int(empty.sum()) + blank
 
 
 class Entries(Sequence[Entry]):
@@ -125,7 +104,15 @@ class Entries(Sequence[Entry]):
 
     def without_caption(self) -> int:
         """How many entries have none."""
-        return sum(index.without_caption() for index in self.indices)
+        missing = 0
+        for captions in (index.rows.texts["caption"] for index in self.indices):
+            empty = captions.ends[1:] == captions.ends[:-1]
+            missing += int(empty.sum())
+            if len(captions.data):
+                first = captions.data[np.minimum(captions.ends[:-1], len(captions.data) - 1)]
+                blank = np.flatnonzero(~empty & (first <= ord(" "))).tolist()
+                missing += sum(not captions[row].strip() for row in blank)
+        return missing
 
 
 def open_index(source: str, list_parts: Callable[[], Sequence[str]], read: Read, probed: bool) -> Index | None:
@@ -140,7 +127,7 @@ def open_index(source: str, list_parts: Callable[[], Sequence[str]], read: Read,
     Raises:
         UserError: another process does not get on with it; or the errors of `list_parts` and `read`.
     """
-    folder, asked = _folder(source), time.time()
+    folder, asked = index_folder(source), time.time()
     with _alone(folder, source):
         version, index = _newest(folder)
         # Whoever had the index while this process waited has looked already.
@@ -155,7 +142,7 @@ def open_index(source: str, list_parts: Callable[[], Sequence[str]], read: Read,
         made: list[Path] = []
 
         def save() -> None:
-            made.append(_save(index, folder))
+            made.append(save_index(index, folder))
             for path in made[:-1]:
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -173,7 +160,7 @@ def open_index(source: str, list_parts: Callable[[], Sequence[str]], read: Read,
 # --- on disk
 
 
-def _folder(source: str) -> Path:
+def index_folder(source: str) -> Path:
     """Where the versions of a source's index lie."""
     name = hashlib.sha256(
         f"{_VERSION}\n{os.path.abspath(source)}\n{source}".encode("utf-8", "surrogatepass")
@@ -224,6 +211,7 @@ def _newest(folder: Path) -> tuple[Path | None, Index | None]:
 
 
 def _opened(version: Path) -> Index:
+    """A version as it lies on disk."""
     return Index(Table.open(version / "parts"), Table.open(version / "rows"))
 
 
@@ -232,7 +220,7 @@ def _versions(folder: Path) -> list[Path]:
     return sorted(there, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
-def _save(index: Index, folder: Path) -> Path:
+def save_index(index: Index, folder: Path) -> Path:
     """Write a new version."""
     version = folder / secrets.token_hex(8)
     try:
@@ -251,91 +239,64 @@ def _save(index: Index, folder: Path) -> Path:
 
 def _brought_up_to_date(index: Index | None, paths: Sequence[str], read: Read, source: str) -> Index | None:
     """The index itself if no part has changed, one that is made anew where they have, or None if it would be empty."""
-    stats = [os.stat(path) for path in paths]
-    size, modified = (np.array([getattr(s, name) for s in stats], np.int64) for name in ("st_size", "st_mtime_ns"))
-    names = Texts.of(paths)
-    same = np.full(len(paths), -1)  # the place of each part in the index, if it is as it was
+    stats = ((stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, paths))
+    stamps, firsts = np.fromiter(stats, np.dtype((np.int64, 2)), len(paths)), np.zeros(len(paths), np.int64)
+    parts = Table({"stamp": stamps, "first": firsts}, {"path": Texts.of(paths)})
+    known: dict[str, tuple[list[int], int, int]] = {}  # of a path its stamp and its rows
     if index is not None:
         old = index.parts
-        if names.equals(old.texts["path"]):
-            same = np.arange(len(paths))
-        else:
-            places = {old.texts["path"][place]: place for place in range(len(old))}
-            same = np.array([places.get(path, -1) for path in paths], np.int64)
-        of_old = np.maximum(same, 0)
-        kept = (old.numbers["size"][of_old] == size) & (old.numbers["time"][of_old] == modified)
-        same[~kept] = -1
-        changed, gone = int((same < 0).sum()), len(old) - int((same >= 0).sum())
-        if not changed and not gone:
+        if parts.texts["path"].equals(old.texts["path"]) and np.array_equal(stamps, old.numbers["stamp"]):
             return index
+        bounds = [*old.numbers["first"].tolist(), len(index)]
+        before = zip(old.numbers["stamp"].tolist(), bounds, bounds[1:], strict=False)
+        known = {old.texts["path"][place]: about for place, about in enumerate(before)}
+    tables: list[Table] = []
+    waiting: list[tuple[object, ...]] = []
+    count = changed = 0
+    with tqdm(desc=f"indexing {source}", unit=" files", delay=2) as bar:
+        for part, (path, stamp) in enumerate(zip(paths, stamps.tolist(), strict=True)):
+            firsts[part] = count
+            its, first, stop = known.get(path, (None, 0, 0))
+            changed += its != stamp
+            if index is not None and its == stamp and stop - first > 1:  # of a single file there is nothing to read
+                tables += [*_taken(waiting), index.rows.slice(first, stop)]
+                count += stop - first
+                continue
+            for entry in read(path):
+                waiting.append(_row(entry, path, stamp))
+                count += 1
+                bar.update()
+                if len(waiting) == _ROWS:
+                    tables += _taken(waiting)
+        tables += _taken(waiting)
+    if not tables:
+        return None
+    made = Index(parts, Table.join(tables))
+    if index is not None:
         print(
             f"{source} has changed since it was indexed: of {len(paths)} files it is made of, {changed} are looked at "
             "anew",
             file=sys.stderr,
         )
-    tables, first = _tables(index, paths, same, np.stack([size, modified], 1), read, source)
-    if not tables:
-        return None
-    rows = Table.join(tables)
-    if index is not None:
-        _carry_probes(index.rows, rows)
-    return Index(Table({"size": size, "time": modified, "first": first}, {"path": names}), rows)
+        _carry_probes(index.rows, made.rows)
+    return made
 
 
-def _tables(
-    index: Index | None,
-    paths: Sequence[str],
-    same: NDArray[np.int64],
-    stamps: NDArray[np.int64],
-    read: Read,
-    source: str,
-) -> tuple[list[Table], NDArray[np.int64]]:
-    """The rows of all parts in pieces, none of which is empty, and the first row of each part."""
-    tables: list[Table] = []
-    waiting: list[tuple[object, ...]] = []
-    firsts, count = np.zeros(len(paths), np.int64), 0
-    ends = np.append(index.parts.numbers["first"][1:], len(index)) if index is not None else None
-    with tqdm(desc=f"indexing {source}", unit=" files", delay=2) as bar:
-
-        def convert() -> None:
-            if waiting:
-                tables.append(Table.of(waiting, _SCHEMA))
-                bar.update(len(waiting))
-                waiting.clear()
-
-        part = 0
-        while part < len(paths):
-            firsts[part] = count
-            if index is None or ends is None or same[part] < 0:
-                for entry in read(paths[part]):
-                    waiting.append(_row(entry, paths[part], stamps[part]))
-                    count += 1
-                    if len(waiting) == _ROWS:
-                        convert()
-                part += 1
-                continue
-            convert()
-            start = part  # parts that follow one another there as here are taken in one piece
-            part += 1
-            while part < len(paths) and same[part] == same[part - 1] + 1:
-                part += 1
-            first, stop = index.parts.numbers["first"][same[start]], ends[same[part - 1]]
-            firsts[start:part] = index.parts.numbers["first"][same[start:part]] - first + count
-            if stop > first:
-                tables.append(index.rows.slice(first, stop))
-                count += int(stop - first)
-        convert()
-    return tables, firsts
+def _taken(waiting: list[tuple[object, ...]]) -> list[Table]:
+    """The rows that wait, if any, as a table; they wait no more."""
+    tables = [Table.of(waiting, _SCHEMA)] if waiting else []
+    waiting.clear()
+    return tables
 
 
-def _row(entry: Entry, part: str, stamp: NDArray[np.int64]) -> tuple[object, ...]:
+def _row(entry: Entry, part: str, stamp: list[int]) -> tuple[object, ...]:
     """The values of `_SCHEMA`."""
     media, path = entry.media, str(entry.media.path)
     own = media.path == Path(part)
-    said = f"{path}\n{media.member}\n{media.offset}\n{media.size}\n{stamp.tolist() if own else ''}"
+    said = f"{path}\n{media.member}\n{media.offset}\n{media.size}\n{stamp if own else ''}"
     digest = hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     end = np.nan if media.end is None else media.end
-    place = ("" if own else path, media.member, entry.caption, media.offset, media.size, media.start, end)
+    place = ("" if own else path, media.member, media.offset, media.size, media.start, end, entry.caption)
     return (*place, media.is_image, int.from_bytes(digest), *_UNPROBED)
 
 
@@ -344,13 +305,12 @@ def _row(entry: Entry, part: str, stamp: NDArray[np.int64]) -> tuple[object, ...
 
 def _carry_probes(old: Table, rows: Table) -> None:
     """What was found in files that are in both, such as those of a list that has grown."""
-    known = np.flatnonzero(old.numbers["probed"] & (old.numbers["frames"] > 0))
-    order = known[np.argsort(old.numbers["file"][known])]
-    there = old.numbers["file"][order]
-    files = rows.numbers["file"]
-    found = np.minimum(np.searchsorted(there, files), max(0, len(there) - 1))
-    if len(there):
-        takes = (there[found] == files) & ~rows.numbers["probed"]
+    known = np.flatnonzero(old.numbers["frames"] > 0)
+    if len(known):
+        order = known[np.argsort(old.numbers["file"][known])]
+        there, files = old.numbers["file"][order], rows.numbers["file"]
+        found = np.minimum(np.searchsorted(there, files), len(there) - 1)
+        takes = there[found] == files
         for name in _PROBES:
             rows.numbers[name][takes] = old.numbers[name][order[found[takes]]]
 

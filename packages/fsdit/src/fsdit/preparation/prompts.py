@@ -34,8 +34,7 @@ from fsdit.conditioning.encoders import TextEncoder, TextEncoding, clean_prompt,
 from fsdit.conditioning.folders import loaded
 
 _BATCH, _MULTIPLE = 16, 16  # prompts in a batch; tokens of which its length is a multiple
-_SORTED_TOGETHER = 1024
-_SHARD_BYTES = 2**28
+_IN_A_FILE = 512  # prompts
 
 
 class PromptRows(NamedTuple):
@@ -105,11 +104,10 @@ class PromptCache:
             bar = tqdm(desc="encoding prompts", unit=" prompts", delay=2)
             with bar, loaded(load, device) as encoder, torch.inference_mode():
                 todo = chain([first], todo)
-                while some := list(islice(todo, _SORTED_TOGETHER)):
-                    for entries in _in_shards(_encoded(some, encoder)):
-                        self._write(entries)
-                        bar.update(len(entries))
-                        made += len(entries)
+                while some := list(islice(todo, _IN_A_FILE)):
+                    self._write(_encoded(some, encoder))
+                    bar.update(len(some))
+                    made += len(some)
         self._find_shards()
         return made
 
@@ -194,28 +192,13 @@ def _read_single(path: Path) -> PromptRows | None:
         return None
 
 
-def _encoded(prompts: Sequence[str], encoder: TextEncoder) -> Iterator[tuple[str, PromptRows]]:
-    """Prompts and their entries, those of like lengths together."""
+def _encoded(prompts: Sequence[str], encoder: TextEncoder) -> dict[str, PromptRows]:
+    """Of each prompt its entry; those of like lengths are encoded together."""
     lengths = [-(-len(encoder.tokenize(prompt)[0]) // _MULTIPLE) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lengths.__getitem__)
-    for _, group in groupby(order, key=lengths.__getitem__):
+    entries: dict[str, PromptRows] = {}
+    for _, group in groupby(sorted(range(len(prompts)), key=lengths.__getitem__), key=lengths.__getitem__):
         while batch := [prompts[number] for number in islice(group, _BATCH)]:
             encoding = encoder([*batch, *batch[:1] * (_BATCH - len(batch))], _MULTIPLE)
-            embeddings = encoding.embeddings.cpu()
-            for number, prompt in enumerate(batch):
-                rows = embeddings[number, : encoding.tokens[number]].clone()
-                yield prompt, PromptRows(rows, encoding.dropped[number])
-
-
-def _in_shards(entries: Iterable[tuple[str, PromptRows]]) -> Iterator[dict[str, PromptRows]]:
-    """The entries of one file after the other."""
-    shard: dict[str, PromptRows] = {}
-    size = 0
-    for prompt, entry in entries:
-        shard[prompt] = entry
-        size += entry.rows.nbytes
-        if size >= _SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-    if shard:
-        yield shard
+            rows = [text[:used].cpu() for text, used in zip(encoding.embeddings, encoding.tokens, strict=True)]
+            entries |= dict(zip(batch, map(PromptRows, rows, encoding.dropped), strict=False))
+    return entries
