@@ -242,26 +242,27 @@ def _brought_up_to_date(index: Index | None, paths: Sequence[str], read: Read, s
     stats = ((stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, paths))
     stamps, firsts = np.fromiter(stats, np.dtype((np.int64, 2)), len(paths)), np.zeros(len(paths), np.int64)
     parts = Table({"stamp": stamps, "first": firsts}, {"path": Texts.of(paths)})
-    known: dict[str, tuple[list[int], int, int]] = {}  # of a path its stamp and its rows
+    places: dict[str, int] = {}
     if index is not None:
-        old = index.parts
+        old, bounds = index.parts, [*index.parts.numbers["first"].tolist(), len(index)]
         if parts.texts["path"].equals(old.texts["path"]) and np.array_equal(stamps, old.numbers["stamp"]):
             return index
-        bounds = [*old.numbers["first"].tolist(), len(index)]
-        before = zip(old.numbers["stamp"].tolist(), bounds, bounds[1:], strict=False)
-        known = {old.texts["path"][place]: about for place, about in enumerate(before)}
+        places = {old.texts["path"][place]: place for place in range(len(old))}
     tables: list[Table] = []
     waiting: list[tuple[object, ...]] = []
     count = changed = 0
     with tqdm(desc=f"indexing {source}", unit=" files", delay=2) as bar:
-        for part, (path, stamp) in enumerate(zip(paths, stamps.tolist(), strict=True)):
-            firsts[part] = count
-            its, first, stop = known.get(path, (None, 0, 0))
-            changed += its != stamp
-            if index is not None and its == stamp and stop - first > 1:  # of a single file there is nothing to read
-                tables += [*_taken(waiting), index.rows.slice(first, stop)]
-                count += stop - first
-                continue
+        for part, path in enumerate(paths):
+            firsts[part], stamp = count, stamps[part].tolist()
+            place = places.get(path)
+            if index is not None and place is not None and old.numbers["stamp"][place].tolist() == stamp:
+                first, stop = bounds[place : place + 2]
+                if stop - first > 1:  # of a single file there is nothing to read
+                    tables += [*_taken(waiting), index.rows.slice(first, stop)]
+                    count += stop - first
+                    continue
+            else:
+                changed += 1
             for entry in read(path):
                 waiting.append(_row(entry, path, stamp))
                 count += 1
