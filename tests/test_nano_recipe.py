@@ -188,7 +188,7 @@ def test_kept_clips_are_told_in_new_words_in_every_epoch(tmp_path: Path) -> None
     config = CacheConfig("the nano world", str(tmp_path / "latents"), str(tmp_path / "autoencoder"), device="cpu")
     make_cache(config, clips)
     data = Recaptioned(tmp_path / "latents")
-    assert [shape[1:] for shape in data.shapes] == [(2, 1, 1)] * 3 + [(2, 1, 2)]
+    assert data.shapes[:, 1:].tolist() == [[2, 1, 1]] * 3 + [[2, 1, 2]]
     assert [bucket.share for bucket in data.buckets] == [3, 1]
     with torch.no_grad():
         latents = nano().eval().encode(worlds[0][0][2]["video"][None])[0]

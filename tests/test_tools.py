@@ -51,6 +51,15 @@ def test_folding_is_timed_against_the_same_numbers(tmp_path: Path, kind: str) ->
     assert 0 < row["largest_difference"] < 1e-3
 
 
+def test_a_start_on_many_clips_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    bench = tool("bench", "data")
+    bench.make(tmp_path / "list.csv", 3000)
+    row = bench.start(tmp_path / "list.csv")
+    assert row["buckets"] == 21 and 3000 < row["items"] < 9000 and len(row["keys"]) == 4
+    assert row["peak_rss_gb"] > 0 and row["open_seconds"] > 0
+
+
 @pytest.mark.slow
 def test_the_peak_of_streams_is_that_of_processes(tmp_path: Path) -> None:
     output = tmp_path / "streaming.json"

@@ -39,8 +39,7 @@ from tasks import CameraClips, ClipTask, SeeingTask, Weights, free_code, one_ite
 from fsae import FSAE
 from fsae.data.buckets import Bucket
 from fsae.data.config import ClipsConfig
-from fsae.data.media import Media
-from fsae.data.sources import Entry
+from fsae.data.media import Entry, Media
 from fsae.data.video import to_frames
 from fsae.losses.perceptual import PerceptualLoss
 from fsae.stages.task import measure_latent_statistics

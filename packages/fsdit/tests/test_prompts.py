@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
 from fsae.errors import CheckpointError, UserError
+from fsae.storage.fingerprint import tensor_fingerprint
 from fsdit.conditioning import ImageEncoder, TextEncoder, load_text_encoder, nano_tokenizer
 from fsdit.conditioning.folders import image_encoder_fingerprint, loaded, text_encoder_fingerprint
 from fsdit.conditioning.nano import new_image_encoder
+from fsdit.preparation import prompts
 from fsdit.preparation.prompts import PromptCache
 
 TEXT_LEN = 24
@@ -65,7 +67,8 @@ def test_equals_the_encoder_and_loads_it_once(tmp_path: Path, encoders: Path) ->
     assert torch.allclose(got.embeddings, want.embeddings, atol=1e-5)
     assert (got.tokens, got.dropped) == (want.tokens, want.dropped)
     assert got.tokens == (6, 1, 14, 24, 6) and got.dropped == (0, 0, 0, 77, 0)
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 4  # one prompt comes twice
+    (shard,) = tmp_path.rglob("*.safetensors")
+    assert len(load_file(shard)["keys"]) == 4  # one prompt comes twice
 
     again = cache.encode(["a  cat ", "", "a cat & a dog"], load)  # cleaned alike
     assert load.loads == 1
@@ -74,9 +77,51 @@ def test_equals_the_encoder_and_loads_it_once(tmp_path: Path, encoders: Path) ->
 
 
 def test_an_entry_does_not_depend_on_those_made_with_it(tmp_path: Path, encoders: Path) -> None:
-    together = prompt_cache(tmp_path / "a", encoders).encode(PROMPTS, Loader(encoders))
-    alone = prompt_cache(tmp_path / "b", encoders).encode(["a cat"], Loader(encoders))
-    assert torch.equal(together.embeddings[0], alone.embeddings[0])
+    many = [*PROMPTS, *(f"{'very ' * (k % 5)}old cat number {k}" for k in range(40))]
+    together = prompt_cache(tmp_path / "a", encoders).encode(many, Loader(encoders))
+    for number in (0, 1, 3, 20, 41):
+        alone = prompt_cache(tmp_path / str(number), encoders).encode([many[number]], Loader(encoders))
+        assert torch.equal(together.embeddings[number], alone.embeddings[0])
+
+
+def test_prompts_are_encoded_in_batches_of_few_shapes(
+    tmp_path: Path, encoders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(prompts, "_BATCH", 4)
+    monkeypatch.setattr(prompts, "_MULTIPLE", 8)
+    monkeypatch.setattr(prompts, "_IN_A_FILE", 20)
+
+    def load() -> TextEncoder:
+        encoder = load_text_encoder(encoders, TEXT_LEN)
+        encoder.model.register_forward_pre_hook(
+            lambda _, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+        )
+        return encoder
+
+    many = [f"{k}{'x' * (k % 11)}" for k in range(30)]
+    cache = prompt_cache(tmp_path, encoders)
+    got = cache.encode(many, load)
+    assert set(shapes) == {(4, 8), (4, 16)} and len(shapes) <= 12
+    with torch.no_grad():
+        want = load_text_encoder(encoders, TEXT_LEN).eval()(many)
+    assert torch.allclose(got.embeddings, want.embeddings, atol=1e-5) and got.tokens == want.tokens
+    assert [len(load_file(path)["keys"]) for path in tmp_path.iterdir()] in ([20, 10], [10, 20])
+    again = prompt_cache(tmp_path, encoders)
+    assert torch.equal(again.encode(many[::-1], load).embeddings, got.embeddings.flip(0)) and len(shapes) <= 12
+
+
+def test_entries_in_files_of_their_own_are_still_read(tmp_path: Path, encoders: Path) -> None:
+    cache, load = prompt_cache(tmp_path, encoders), Loader(encoders)
+    key, rows = cache.key("a cat"), torch.randn(6, 16)
+    about = {"key": key, "sha256": tensor_fingerprint(rows), "dropped": 2, "prompt": "a cat", "text_len": TEXT_LEN}
+    (tmp_path / key[:2]).mkdir()
+    path = tmp_path / key[:2] / f"{key}.safetensors"
+    save_file({"text": rows}, path, metadata={"entry": json.dumps(about)})
+    got = cache.encode(["a cat"], load)
+    assert torch.equal(got.embeddings[0, :6], rows) and got.dropped == (2,) and load.loads == 0
+    path.write_bytes(path.read_bytes()[:-1])
+    assert cache.get("a cat") is None and cache.fill(["a cat"], load) == 1
 
 
 def test_the_key_is_of_all_that_decides(tmp_path: Path, encoders: Path) -> None:
@@ -123,18 +168,26 @@ def test_the_key_is_of_all_that_decides(tmp_path: Path, encoders: Path) -> None:
 
 
 def test_damaged_entries_are_made_anew(tmp_path: Path, encoders: Path) -> None:
-    cache, load = prompt_cache(tmp_path, encoders), Loader(encoders)
+    cache, load = prompt_cache(tmp_path / "a", encoders), Loader(encoders)
     want = cache.encode(["a cat", "a dog"], load).embeddings
-    path, other = cache.path("a cat"), cache.path("a dog")
+    prompt_cache(tmp_path / "b", encoders).encode(["a dog", "no"], load)
+    (path,), (other,) = (list((tmp_path / name).iterdir()) for name in "ab")
     good = path.read_bytes()
-    for number, bad in enumerate((b"", good[:-7], good[:-1] + bytes([good[-1] ^ 1]), other.read_bytes(), b"{}" * 50)):
+    end = len(good) - len(load_file(path)["rows"].flatten()) * 4  # of what comes before the rows, if they are last
+    flipped = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in (end + 5, len(good) - 1)]
+    for number, bad in enumerate((b"", good[:-7], *flipped, other.read_bytes(), b"{}" * 50)):
+        for file in (tmp_path / "a").iterdir():
+            file.unlink()
         path.write_bytes(bad)
-        assert cache.get("a cat") is None
-        with pytest.raises(UserError, match="missing or damaged"):
-            cache.require("a cat")
-        assert torch.equal(cache.encode(["a cat", "a dog"], load).embeddings, want)
-        assert load.loads == 2 + number
-    assert torch.equal(cache.encode(["a cat"], load).embeddings, want[:1]) and load.loads == 6
+        for damaged in (cache, prompt_cache(tmp_path / "a", encoders)):
+            missing = [prompt for prompt in ("a cat", "a dog") if damaged.get(prompt) is None]
+            assert missing
+            with pytest.raises(UserError, match="missing or damaged"):
+                damaged.require(missing[0])
+        assert torch.equal(damaged.encode(["a cat", "a dog"], load).embeddings, want)
+        assert load.loads == 3 + number
+        cache = prompt_cache(tmp_path / "a", encoders)
+    assert torch.equal(cache.encode(["a cat"], load).embeddings, want[:1]) and load.loads == 8
 
 
 def test_nothing_holds_the_encoder_afterwards(tmp_path: Path, encoders: Path) -> None:
@@ -174,7 +227,7 @@ def test_several_processes_fill_one_folder(tmp_path: Path, encoders: Path) -> No
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) == 8 and not any(path.name.startswith(".") for path in files)
+    assert 1 <= len(files) <= 3 and not any(path.name.startswith(".") for path in files)
     load = Loader(encoders)
     prompt_cache(tmp_path, encoders).encode([f"prompt {n}" for n in range(8)], load)
     assert load.loads == 0

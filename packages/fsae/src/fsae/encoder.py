@@ -56,6 +56,8 @@ class Encoder(Recomputed):
         self.stages = nn.ModuleList(EncoderStage(stack, s) for s in range(len(stack.widths)))
         self.conv_out = VideoConv3d(stack.widths[-1], stack.latent_channels)
         places = self.outer_stages.compression.space // self.outer_stages.cell // 2
+        if stack.matching and not places:
+            raise ValueError("frames are compared for latents twice as wide as the first inner stage's cells, or more")
         self.match = Matching(stack.latent_channels, places) if stack.matching else None
 
     def forward(self, x: Tensor) -> Tensor:

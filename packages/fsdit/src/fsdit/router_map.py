@@ -196,7 +196,7 @@ def cached_clips(
         raise UserError("the cache was made without encoders; make one with them by 'fsdit cache --encoders FOLDER'")
     groups: dict[tuple[int, ...], list[int]] = {}
     for index in _spread(len(cache), samples):
-        groups.setdefault(cache.shapes[index], []).append(index)
+        groups.setdefault(tuple(cache.shapes[index].tolist()), []).append(index)
     batches = [
         group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
     ]

@@ -12,26 +12,23 @@ import math
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import chain
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from fsae.data.config import BucketConfig, Mixture
+from fsae.data.config import BucketConfig, Mixture, Sampling
 from fsae.data.datasets import ClipDataset
-from fsae.data.image import cover, image_size, load_image
+from fsae.data.image import cover, load_image
+from fsae.data.index import Entries, Index
 from fsae.data.media import Media
 from fsae.data.order import Cut, derived_generator, derived_seed
-from fsae.data.readers import check_length, check_reader, draw_clip
-from fsae.data.sources import Entry, read_source
-from fsae.data.video import VideoInfo, probe
+from fsae.data.readers import GRACE, check_reader, draw_clip, room
+from fsae.data.sources import read_source
+from fsae.data.video import VideoInfo
 from fsae.errors import UserError
-
-_PROBING_THREADS = 8  # more than processors: most of the time is waiting for the disk
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Bucket:
     batch_size: int | None
     share: float
     first: int
-    members: list[tuple[float, list[int]]]
+    members: list[tuple[float, NDArray[np.int32]]]
 
     def __len__(self) -> int:
         return sum(len(numbers) for _, numbers in self.members)
@@ -77,20 +74,16 @@ class BucketedClips(ClipDataset):
         check_reader(config.reader)
         self.config, self.seed = config, seed
         self.settings = {"clips": asdict(config), "clip_seed": seed}
-        sources = [read_source(source.path) for source in config.sources]
-        self.entries = [entry for source in sources for entry in source]
-        self.infos = _probe_all(entry.media for entry in self.entries)
-        bounds = np.cumsum([0, *map(len, sources)]).tolist()
-        numbers = [range(a, b) for a, b in pairwise(bounds)]
+        self.entries = Entries([read_source(source.path, probed=True) for source in config.sources])
         self.buckets: list[Bucket] = []
         for bucket in config.buckets:
-            self.buckets += self._sizes_of(bucket, numbers)
-        self._items = [number for bucket in self.buckets for _, members in bucket.members for number in members]
+            self.buckets += self._sizes_of(bucket)
         self._firsts = [bucket.first for bucket in self.buckets]
-        super().__init__(len(self._items))
-        used = set(self._items)
-        self._never = [entry.media for number, entry in enumerate(self.entries) if number not in used]
-        if self._never:
+        super().__init__(self.entries, np.concatenate([rows for bucket in self.buckets for _, rows in bucket.members]))
+        used = np.zeros(len(self.entries), bool)
+        used[self._rows] = True
+        self._never = np.flatnonzero(~used)
+        if len(self._never):
             warnings.warn(f"broken, or fit for no bucket: {self.summary()}", stacklevel=2)
 
     def order(self, cut: Cut) -> BucketOrder:
@@ -101,10 +94,9 @@ class BucketedClips(ClipDataset):
         """The bucket of an item."""
         return self.buckets[bisect_right(self._firsts, index) - 1]
 
-    @property
-    def skipped(self) -> list[Media]:
+    def _skipped(self) -> list[int]:
         """Files of which no clip, or at least one clip, could not be used so far."""
-        return list(dict.fromkeys([*self._never, *super().skipped]))
+        return [*self._never.tolist(), *super()._skipped()]
 
     def read(self, index: int, epoch: int) -> tuple[NDArray[np.uint8], tuple[float, float]]:
         """An item's clip, uint8 `T H W 3`, and when its first and last frame begin in the file, in seconds; UserError
@@ -114,26 +106,29 @@ class BucketedClips(ClipDataset):
             return cover(load_image(media), bucket.size)[None], (0.0, 0.0)
         draw = np.random.default_rng([self.seed, index, epoch]).random()
         sampling = self.config.sampling(bucket.frames, bucket.size)
-        pixels, times = draw_clip(media, self._info(self._items[index]), draw, sampling)
+        source, row = self.entries.place(int(self._rows[index]))
+        info = source.info(row)
+        assert isinstance(info, VideoInfo), "only files that could be probed are sorted"
+        pixels, times = draw_clip(media, info, draw, sampling)
         return pixels, (times[0], times[-1])
 
-    def _sizes_of(self, config: BucketConfig, sources: Sequence[range]) -> list[Bucket]:
+    def _sizes_of(self, config: BucketConfig) -> list[Bucket]:
         """The buckets, one a size, of one setting; those without a file are left out."""
-        sizes = config.sizes()
-        fitting = [[number for number in source if self._fits(number, config.frames)] for source in sources]
+        sizes, sampling = config.sizes(), self.config.sampling(config.frames)
+        fitting = [_fitting(index, sampling) for index in self.entries.indices]
         weights = [
-            source.weight if numbers else 0.0 for source, numbers in zip(self.config.sources, fitting, strict=True)
+            source.weight if len(rows) else 0.0 for source, rows in zip(self.config.sources, fitting, strict=True)
         ]
         if not any(weights):
             raise UserError(self._none_fits(config.frames))
         share = config.weight / sum(bucket.weight for bucket in self.config.buckets)
-        members: dict[tuple[int, int], list[tuple[float, list[int]]]] = {size: [] for size in sizes}
-        for weight, numbers in zip(weights, fitting, strict=True):
-            nearest = [nearest_size(self._info(number), sizes) for number in numbers]
-            for size in sizes:
-                own = [number for number, its in zip(numbers, nearest, strict=True) if its == size]
-                if own:
-                    members[size].append((weight / sum(weights) * len(own) / len(numbers), own))
+        members: dict[tuple[int, int], list[tuple[float, NDArray[np.int32]]]] = {size: [] for size in sizes}
+        for source, (weight, rows) in enumerate(zip(weights, fitting, strict=True)):
+            nearest = _nearest(self.entries.indices[source], rows, sizes)
+            for place, size in enumerate(sizes):
+                own = (rows[nearest == place] + self.entries.firsts[source]).astype(np.int32)
+                if len(own):
+                    members[size].append((weight / sum(weights) * len(own) / len(rows), own))
         buckets = []
         first = self.buckets[-1].first + len(self.buckets[-1]) if self.buckets else 0
         for size in sizes:
@@ -145,11 +140,16 @@ class BucketedClips(ClipDataset):
 
     def _none_fits(self, frames: int) -> str:
         """The sentence about a bucket that no file is long enough for, and about those that cannot be read."""
-        broken = [info for info in self.infos if isinstance(info, str)]
-        if len(broken) == len(self.infos):
-            return f"none of the sources' {len(broken)} file(s) can be read; the first: {broken[0]}"
+        places = [np.flatnonzero(index.rows.numbers["frames"] == 0) for index in self.entries.indices]
+        broken = sum(map(len, places))
         too_short = self._too_short(frames)
-        return f"{too_short}; {len(broken)} file(s) cannot be read, the first: {broken[0]}" if broken else too_short
+        if not broken:
+            return too_short
+        source = next(number for number, rows in enumerate(places) if len(rows))
+        first = self.entries.indices[source].info(int(places[source][0]))
+        if broken == len(self.entries):
+            return f"none of the sources' {broken} file(s) can be read; the first: {first}"
+        return f"{too_short}; {broken} file(s) cannot be read, the first: {first}"
 
     def _too_short(self, frames: int) -> str:
         shortest, fps = self.config.sampling(frames).span, self.config.fps
@@ -163,27 +163,9 @@ class BucketedClips(ClipDataset):
             f"at {fps:g} frames a second; give longer videos, a higher fps, or take the bucket out"
         )
 
-    def _info(self, number: int) -> VideoInfo:
-        info = self.infos[number]
-        assert isinstance(info, VideoInfo), "only files that could be probed are sorted"
-        return info
-
-    def _fits(self, number: int, frames: int) -> bool:
-        info, media = self.infos[number], self.entries[number].media
-        if isinstance(info, str) or media.is_image:
-            return isinstance(info, VideoInfo) and frames == 1
-        try:
-            check_length(media, info, self.config.sampling(frames))
-        except UserError:
-            return False
-        return True
-
-    def entry(self, index: int) -> Entry:
-        return self.entries[self._items[index]]
-
-    def _replacements(self, index: int) -> Sequence[int]:
+    def _replacements(self, index: int) -> Iterable[int]:
         bucket = self.bucket(index)
-        return (*range(index, bucket.first + len(bucket)), *range(bucket.first, index))
+        return chain(range(index, bucket.first + len(bucket)), range(bucket.first, index))
 
     def _pixels(self, media: Media, index: int, epoch: int) -> NDArray[np.uint8]:
         return self.read(index, epoch)[0]
@@ -195,23 +177,21 @@ def nearest_size(info: VideoInfo, sizes: Sequence[tuple[int, int]]) -> tuple[int
     return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - ratio))
 
 
-def _probe_all(media: Iterable[Media]) -> list[VideoInfo | str]:
-    """Length and size of each file; of those that cannot be read, why."""
-    files = [one.file for one in media]
-    distinct = list(dict.fromkeys(files))
-    with ThreadPoolExecutor(_PROBING_THREADS) as pool:
-        infos = list(tqdm(pool.map(_probe, distinct), total=len(distinct), desc="looking into files", delay=2))
-    known = dict(zip(distinct, infos, strict=True))
-    return [known[file] for file in files]
+def _fitting(index: Index, sampling: Sampling) -> NDArray[np.int64]:
+    """The rows that a clip fits in."""
+    names = ("start", "end", "frames", "fps", "image")
+    start, end, frames, fps, image = (index.rows.numbers[name] for name in names)
+    _, have, need = room(start, end, frames, fps, sampling)
+    long = have >= (need if sampling.fps is None else need - GRACE)
+    return np.flatnonzero((frames > 0) & np.where(image, sampling.frames == 1, long))
 
 
-def _probe(media: Media) -> VideoInfo | str:
-    try:
-        if media.is_image:
-            return VideoInfo(1, *image_size(media), fps=1.0)
-        return probe(media, count=False)
-    except UserError as error:
-        return str(error)
+def _nearest(index: Index, rows: NDArray[np.int64], sizes: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+    """Of each row the number of its nearest size; those of one height and width are looked at together."""
+    height, width = (index.rows.numbers[name][rows].astype(np.int64) for name in ("height", "width"))
+    pictures, which = np.unique(height << 32 | width, return_inverse=True)
+    infos = [VideoInfo(1, picture >> 32, picture & 0xFFFFFFFF, 1.0) for picture in pictures.tolist()]
+    return np.array([sizes.index(nearest_size(info, sizes)) for info in infos], np.int64)[which]
 
 
 # --- the order
@@ -230,7 +210,7 @@ class BucketOrder:
         self.batch_sizes = [bucket.batch_size or cut.batch for bucket in buckets]
         self._which = _Choices([bucket.share for bucket in buckets], cut.seed, 0)
         self._sources = [_Choices([p for p, _ in bucket.members], cut.seed, 1, b) for b, bucket in enumerate(buckets)]
-        self._permutations: dict[tuple[int, int], tuple[int, list[int]]] = {}
+        self._permutations: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}
 
     def position(self, step: int) -> tuple[int, int]:
         """(epoch, offset): how often all items' number of samples was seen before a step, and how many since."""
@@ -250,12 +230,12 @@ class BucketOrder:
         source, before = self._sources[bucket].choice(number)
         lengths = [len(numbers) for _, numbers in self.buckets[bucket].members]
         epoch, offset = divmod(before, lengths[source])
-        known, permutation = self._permutations.get((bucket, source), (-1, []))
+        known, permutation = self._permutations.get((bucket, source), (-1, torch.zeros(0)))
         if known != epoch:
             generator = derived_generator(self.cut.seed, 2, bucket, source, epoch)
-            permutation = torch.randperm(lengths[source], generator=generator).tolist()
+            permutation = torch.randperm(lengths[source], generator=generator)
             self._permutations[bucket, source] = epoch, permutation
-        return self.buckets[bucket].first + sum(lengths[:source]) + permutation[offset], epoch
+        return self.buckets[bucket].first + sum(lengths[:source]) + int(permutation[offset]), epoch
 
 
 class _Choices:

@@ -7,7 +7,8 @@ item is a pure function of (index, epoch), as the training loop's resume asks.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -19,13 +20,17 @@ from torch.utils.data import Dataset
 
 from fsae.data.config import Sampling
 from fsae.data.image import cover, load_image
-from fsae.data.media import Media
+from fsae.data.index import Entries
+from fsae.data.media import Entry, Media
 from fsae.data.readers import DamagedVideo, check_reader, draw_clip
-from fsae.data.sources import Entry, read_source
+from fsae.data.sources import read_source
 from fsae.data.video import VideoInfo, probe, to_video_tensor
 from fsae.errors import UserError
 
+Rows = range | NDArray[np.int32]
+
 _UNUSABLE, _DAMAGED = 1, 2
+_PROBED = 65536  # of the files that were looked into, the most that a process keeps in mind
 
 
 class Clip(TypedDict):
@@ -40,11 +45,16 @@ class ClipDataset(Dataset[Clip]):
 
     Which item replaces it depends on the files alone, not on what was met before, so that a run that is resumed sees
     what the uninterrupted one would have seen.
+
+    Args:
+        entries: What the sources hold.
+        rows: Of each item, the number of its entry.
     """
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, entries: Entries, rows: Rows) -> None:
+        self.entries, self._rows = entries, rows
         # Shared with the processes of a loader, so that this one can name in the end what they met.
-        self._state = torch.zeros(length, dtype=torch.uint8).share_memory_()
+        self._state = torch.zeros(len(rows), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
         return len(self._state)
@@ -57,8 +67,9 @@ class ClipDataset(Dataset[Clip]):
         can."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        places = self._replacements(index)
-        for place in places:
+        tried = 0
+        for place in self._replacements(index):
+            tried += 1
             if self._state[place] == _UNUSABLE:
                 continue
             entry = self.entry(place)
@@ -71,28 +82,33 @@ class ClipDataset(Dataset[Clip]):
                 self._state[place] = _DAMAGED if isinstance(error, DamagedVideo) else _UNUSABLE
                 continue
             return {"video": to_video_tensor(torch.from_numpy(pixels)), "caption": entry.caption}
-        raise UserError(f"none of the {len(places)} files that could give clip {index} can be used: {self.summary()}")
+        raise UserError(f"none of the {tried} files that could give clip {index} can be used: {self.summary()}")
 
     @property
     def skipped(self) -> list[Media]:
         """Files met so far of which a clip could not be used."""
-        return list(dict.fromkeys(self.entry(place).media for place in self._state.nonzero().flatten().tolist()))
+        return [self.entries[number].media for number in self._skipped()]
+
+    def _skipped(self) -> list[int]:
+        """The numbers of these files' entries."""
+        return list(dict.fromkeys(int(self._rows[place]) for place in self._state.nonzero().flatten().tolist()))
 
     def summary(self) -> str:
         """One line with the number of skipped files and the first ten names; empty if there were none."""
-        skipped = self.skipped
+        skipped = self._skipped()
         if not skipped:
             return ""
         more = f" and {len(skipped) - 10} more" if len(skipped) > 10 else ""
-        return f"{len(skipped)} file(s) skipped: {', '.join(map(str, skipped[:10]))}{more}"
+        named = ", ".join(str(self.entries[number].media) for number in skipped[:10])
+        return f"{len(skipped)} file(s) skipped: {named}{more}"
 
     def entry(self, index: int) -> Entry:
         """The file of an item, and what its source says about it."""
-        raise NotImplementedError
+        return self.entries[int(self._rows[index])]
 
-    def _replacements(self, index: int) -> Sequence[int]:
+    def _replacements(self, index: int) -> Iterable[int]:
         """The item itself, and those that may stand for it, in their order."""
-        return (*range(index, len(self)), *range(index))
+        return chain(range(index, len(self)), range(index))
 
     def _pixels(self, media: Media, index: int, epoch: int) -> NDArray[np.uint8]:
         """The clip, uint8 `T H W 3`."""
@@ -119,17 +135,14 @@ class VideoFolder(ClipDataset):
             raise UserError("clips of a folder are of one size; give the sampling's")
         check_reader(sampling.reader)
         self.source = Path(source)
-        self.entries = read_source(source)
-        super().__init__(len(self.entries))
+        entries = Entries([read_source(source)])
+        super().__init__(entries, range(len(entries)))
         self.sampling, self.seed = sampling, seed
         told = {"frames": sampling.frames, "size": list(sampling.size), "stride": sampling.stride, "seed": seed}
         self.settings: dict[str, Any] = told
         if sampling.fps is not None:
             self.settings["fps"] = sampling.fps
         self._probed: dict[Media, VideoInfo] = {}
-
-    def entry(self, index: int) -> Entry:
-        return self.entries[index]
 
     def _pixels(self, media: Media, index: int, epoch: int) -> NDArray[np.uint8]:
         if media.is_image:
@@ -138,6 +151,8 @@ class VideoFolder(ClipDataset):
             assert self.sampling.size is not None
             return cover(load_image(media), self.sampling.size)[None]
         if media.file not in self._probed:
+            if len(self._probed) == _PROBED:
+                self._probed.clear()
             self._probed[media.file] = probe(media.file, count=False)
         draw = np.random.default_rng([self.seed, index, epoch]).random()
         return draw_clip(media, self._probed[media.file], draw, self.sampling)[0]

@@ -6,7 +6,7 @@ import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from fsae.errors import UserError
 
@@ -18,7 +18,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".
 
 @dataclass(frozen=True)
 class Media:
-    """One video or image, or a span of a video; small enough to keep millions of them.
+    """One video or image, or a span of a video.
 
     Attributes:
         path: The file, or the uncompressed tar that holds it.
@@ -59,6 +59,13 @@ class Media:
 
     def __str__(self) -> str:
         return f"{self.path}/{self.member}" if self.member else str(self.path)
+
+
+class Entry(NamedTuple):
+    """A video or image of a source, and what the source says about it."""
+
+    media: Media
+    caption: str = ""
 
 
 Readable = str | os.PathLike[str] | Media

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from fsae.errors import UserError
@@ -88,7 +89,7 @@ class DataOrder:
     length: int
     cut: Cut
     _epoch: int = field(default=-1, init=False, repr=False)
-    _permutation: list[int] = field(default_factory=list, init=False, repr=False)
+    _permutation: Tensor = field(default_factory=lambda: torch.zeros(0), init=False, repr=False, compare=False)
 
     def position(self, step: int) -> tuple[int, int]:
         """(epoch, offset) of the first sample of a step."""
@@ -100,9 +101,9 @@ class DataOrder:
         epoch, offset = divmod(number, self.length)
         if epoch != self._epoch:
             generator = derived_generator(self.cut.seed, epoch)
-            self._permutation = torch.randperm(self.length, generator=generator).tolist()
+            self._permutation = torch.randperm(self.length, generator=generator)
             self._epoch = epoch
-        return self._permutation[offset], epoch
+        return int(self._permutation[offset]), epoch
 
     def micro_batch(self, step: int, micro: int) -> list[tuple[int, int]]:
         """The (index, epoch) pairs of this process's micro-batch `micro` of `step`."""

@@ -127,11 +127,23 @@ def draw_clip(media: Media, info: VideoInfo, draw: float, sampling: Sampling) ->
 def check_length(media: Media, info: VideoInfo, sampling: Sampling) -> tuple[int, float]:
     """The frames of a file or its span, and the seconds by which a clip of `fps` can be moved in it (0 without), as
     `info` promises; ShortVideo if the clip does not fit."""
-    end = info.duration if media.end is None else min(media.end, info.duration)
-    promised = max(0, round((end - media.start) * info.fps))
+    promised, have, need = room(media.start, media.end, info.frames, info.fps, sampling)
     if sampling.fps is None:
-        return _enough(promised, sampling.span), 0.0
-    return promised, _spare(end - media.start, sampling.span / sampling.fps)
+        return _enough(int(promised), need), 0.0
+    return int(promised), _spare(float(have), need)
+
+
+def room(start: Any, end: Any, frames: Any, fps: Any, sampling: Sampling) -> tuple[Any, Any, Any]:
+    """What there is for a clip in a file, or in each of many, given by its span, frames and rate.
+
+    Returns:
+        The frames of the file or its span; what there is and what a clip needs, frames, or seconds with `fps`.
+    """
+    length = np.fmin(np.nan if end is None else end, frames / fps) - start
+    promised = np.maximum(0, np.rint(length * fps))
+    if sampling.fps is None:
+        return promised, promised, sampling.span
+    return promised, length, sampling.span / sampling.fps
 
 
 def _enough(length: int, wanted: int) -> int:

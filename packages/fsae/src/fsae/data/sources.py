@@ -11,15 +11,18 @@ import csv
 import glob
 import json
 import math
+import os
 import tarfile
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
-from fsae.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Media
+from fsae.data.index import Index, open_index
+from fsae.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Entry, Media
 from fsae.errors import UserError
 
 _KNOWN = VIDEO_SUFFIXES | IMAGE_SUFFIXES
@@ -27,48 +30,51 @@ _LISTS = (".jsonl", ".csv")
 _ACCEPTED = "a folder, a .jsonl or .csv list, a .tar, or a pattern of these"
 
 
-class Entry(NamedTuple):
-    """A video or image of a source, and what the source says about it."""
-
-    media: Media
-    caption: str = ""
-
-
-def read_source(source: str | Path) -> list[Entry]:
-    """The entries of a source, in an order that depends on its content alone.
+def read_source(source: str | Path, probed: bool = False) -> Index:
+    """The entries of a source, in an order that depends on its content alone, by its index (`fsae.data.index`).
 
     Args:
         source: A folder (with its subfolders, in the order of the paths; tars in it are read too); a .jsonl or .csv
-            list with the column `path` (relative to the list) and, if wanted, `caption`, `start` and `end` (seconds); a
-            .tar; or a pattern such as `shards/*.tar`.
+            list with the column `path` (relative to the list) and, if wanted, `caption`, `start` and `end`
+            (seconds); a .tar; or a pattern such as `shards/*.tar`.
+        probed: Whether each file is looked into for its length and size.
 
     Returns:
-        Entries. A list's files are not looked for: what is missing shows when it is read. A tar that is damaged gives
-            its members before the damage and one entry for itself, which no reader can read, so that it is named among
-            what was skipped.
+        Entries. A list's files are not looked for: what is missing shows when it is read, or probed. A tar that is
+        damaged gives its members before the damage and one entry for itself, which no reader can read, so that it is
+        named among what was skipped.
 
     Raises:
         UserError: there is no such source, it has no video or image, or a list that cannot be understood.
     """
-    path = Path(source)
-    if path.exists():
-        entries = list(_of_path(path))
-    else:
-        matches = sorted(map(Path, glob.glob(str(source), recursive=True)))
-        if not matches:
-            raise UserError(
-                f"{source} is neither a folder nor a list, a tar or a pattern that matches any; check the path"
-            )
-        entries = [entry for match in tqdm(matches, desc=f"indexing {source}", delay=2) for entry in _of_path(match)]
-    if not entries:
+    index = open_index(str(source), partial(_parts, source), _of_path, probed)
+    if index is None:
         raise UserError(f"{source} holds no video or image; give {_ACCEPTED}")
-    return entries
+    return index
 
 
-def _of_path(path: Path) -> Iterable[Entry]:
+def _parts(source: str | Path) -> list[str]:
+    """The files that a source is made of: videos, images, tars and lists."""
+    path = Path(source)
+    matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(source), recursive=True)))
+    if not matches:
+        raise UserError(f"{source} is neither a folder nor a list, a tar or a pattern that matches any; check the path")
+    return [part for match in matches for part in (_files(match) if match.is_dir() else [str(match)])]
+
+
+def _files(folder: Path) -> list[str]:
+    wanted = _KNOWN | {".tar"}
+    found = []
+    for place, _, names in tqdm(os.walk(folder), desc=f"looking for files in {folder}", unit=" folders", delay=2):
+        paths = (os.path.join(place, name) for name in names if os.path.splitext(name)[1].lower() in wanted)
+        # Sorted so, folders come in the order of their names, whatever signs these have.
+        found += [path.replace(os.sep, "\0") for path in paths if os.path.isfile(path)]
+    return [path.replace("\0", os.sep) for path in sorted(found)]
+
+
+def _of_path(name: str) -> Iterable[Entry]:
+    path = Path(name)
     suffix = path.suffix.lower()
-    if path.is_dir():
-        return _of_folder(path)
     if suffix in _LISTS:
         return _of_list(path)
     if suffix == ".tar":
@@ -76,12 +82,6 @@ def _of_path(path: Path) -> Iterable[Entry]:
     if suffix in _KNOWN:
         return [Entry(Media(path))]
     raise UserError(f"{path} is neither a folder nor a list nor a tar; give {_ACCEPTED}")
-
-
-def _of_folder(folder: Path) -> Iterator[Entry]:
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _KNOWN | {".tar"} and p.is_file())
-    for path in tqdm(files, desc=f"indexing {folder}", delay=2):
-        yield from _of_path(path)
 
 
 # --- lists

@@ -65,15 +65,19 @@ class TextEncoder(nn.Module):
         dropped = max(0, len(ids) - self.text_len)
         return ([*ids[: self.text_len - 1], ids[-1]], dropped) if dropped else (ids, 0)
 
-    def forward(self, prompts: Sequence[str]) -> TextEncoding:
+    def forward(self, prompts: Sequence[str], multiple: int = 1) -> TextEncoding:
         """Encode `B` prompts; differentiable with respect to the model's weights. A `ValueError` for no prompt, or a
-        bare string, each letter of which would be taken for a prompt."""
+        bare string, each letter of which would be taken for a prompt.
+
+        The model sees them padded to a multiple of `multiple` tokens, so that batches can have few shapes.
+        """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"{prompts!r} given; give a list of prompts, a single one as [prompt]")
         ids, dropped = zip(*(self.tokenize(prompt) for prompt in prompts), strict=True)
         lengths = tuple(len(sequence) for sequence in ids)
         device = next(self.model.parameters()).device
-        input_ids = torch.zeros(len(ids), max(lengths), dtype=torch.long)
+        width = min(self.text_len, -(-max(lengths) // multiple) * multiple)
+        input_ids = torch.zeros(len(ids), width, dtype=torch.long)
         mask = torch.zeros_like(input_ids)
         for row, sequence in enumerate(ids):
             input_ids[row, : len(sequence)] = torch.tensor(sequence)
@@ -81,7 +85,7 @@ class TextEncoder(nn.Module):
         input_ids, mask = input_ids.to(device), mask.to(device)
         hidden = self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
         hidden = torch.where(mask.bool().unsqueeze(-1), hidden, 0)
-        return TextEncoding(F.pad(hidden, (0, 0, 0, self.text_len - max(lengths))), lengths, dropped)
+        return TextEncoding(F.pad(hidden, (0, 0, 0, self.text_len - width)), lengths, dropped)
 
 
 def resize_for_clip(images: Tensor, size: int) -> Tensor:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import groupby, islice
+from itertools import accumulate, chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -110,8 +111,8 @@ def make_cache(config: CacheConfig, clips: Any = None) -> CacheReport:
     device = choose_device(config.device)
     if clips is None:
         clips = BucketedClips(config.clips.mixture(config.data), config.seed)
-    places = list_places(clips, config.clips_per_file)
-    header = _header(config, clips, places)
+    places = Places(clips, config.clips_per_file)
+    header = _header(config, places)
     shards.begin(folder, header)
     if config.rank == 0:
         report_missing_captions(clips.entries)
@@ -119,15 +120,16 @@ def make_cache(config: CacheConfig, clips: Any = None) -> CacheReport:
     for number in own:
         shards.remove_remains(folder, number)
     done = {number: shards.finished_shard(folder, number, config.verify) for number in own}
-    todo = {n: places[n * config.shard_size : (n + 1) * config.shard_size] for n in own if done[n] is None}
+    size = config.shard_size
+    todo = {n: range(n * size, min((n + 1) * size, len(places))) for n in own if done[n] is None}
     prompts = None
     if config.encoders:
         prompts = PromptCache(config.prompts or folder / "prompts", header.text_encoder, config.text_len)
-        captions = [clips.entry(place.item).caption for chosen in todo.values() for place in chosen]
-        prompts.fill(["", *captions], partial(load_text_encoder, config.encoders, config.text_len), device)
+        captions = (clips.entry(places[number].item).caption for chosen in todo.values() for number in chosen)
+        prompts.fill(chain([""], captions), partial(load_text_encoder, config.encoders, config.text_len), device)
         shards.write_empty(folder, prompts.require("").rows)
     if todo:
-        _encode(config, header, clips, prompts, todo)
+        _encode(config, header, places, prompts, todo)
     finished = [shards.read_shard(folder, number) for number in own]
     return CacheReport(
         folder=folder,
@@ -139,19 +141,31 @@ def make_cache(config: CacheConfig, clips: Any = None) -> CacheReport:
     )
 
 
-def list_places(clips: BucketedClips, clips_per_file: int) -> list[Place]:
-    """The samples of a cache in their order."""
-    places: list[Place] = []
-    for number, bucket in enumerate(clips.buckets):
-        index = bucket.first
-        for source, members in enumerate(bucket.members):
-            for _ in members[1]:
-                places += [Place(len(places) + epoch, number, source, index, epoch) for epoch in range(clips_per_file)]
-                index += 1
-    return places
+class Places(Sequence[Place]):
+    """The samples of a cache in their order, each worked out when it is asked for.
+
+    Args:
+        clips: As for `make_cache`.
+        clips_per_file: How often each of its items is taken.
+    """
+
+    def __init__(self, clips: Any, clips_per_file: int) -> None:
+        self.clips, self.clips_per_file = clips, clips_per_file
+        numbered = [enumerate(bucket.members) for bucket in clips.buckets]
+        groups = [(b, source, len(part[1])) for b, parts in enumerate(numbered) for source, part in parts]
+        self._groups = [group[:2] for group in groups]
+        self._ends = list(accumulate(group[2] for group in groups))
+
+    def __len__(self) -> int:
+        return self._ends[-1] * self.clips_per_file
+
+    def __getitem__(self, number: int) -> Place:  # type: ignore[override]
+        item, epoch = divmod(range(len(self))[number], self.clips_per_file)
+        return Place(number, *self._groups[bisect_right(self._ends, item)], item, epoch)
 
 
-def _header(config: CacheConfig, clips: BucketedClips, places: list[Place]) -> shards.Header:
+def _header(config: CacheConfig, places: Places) -> shards.Header:
+    clips = places.clips
     with loaded(partial(_load_autoencoder, config.autoencoder)) as autoencoder:
         for bucket in clips.buckets:
             autoencoder.latent_shape(bucket.frames, *bucket.size)
@@ -202,11 +216,12 @@ def _load_autoencoder(folder: str) -> FSAE:
 def _encode(
     config: CacheConfig,
     header: shards.Header,
-    clips: BucketedClips,
+    places: Places,
     prompts: PromptCache | None,
-    todo: dict[int, list[Place]],
+    todo: dict[int, range],
 ) -> None:
-    """Make the shards in `todo`, one after the other."""
+    """Make the shards in `todo`, given with the numbers of their samples, one after the other."""
+    clips = places.clips
 
     def read(place: Place) -> Clip:
         try:
@@ -215,12 +230,13 @@ def _encode(
             return Clip(place, None, error=str(error))
         return Clip(place, to_video_tensor(torch.from_numpy(pixels)), span)
 
-    places, device = [place for chosen in todo.values() for place in chosen], choose_device(config.device)
+    chosen_places = (places[number] for chosen in todo.values() for number in chosen)
+    device = choose_device(config.device)
     with (
         loaded(partial(_load_autoencoder, config.autoencoder), device) as autoencoder,
         loaded(partial(load_image_encoder, config.encoders), device) if prompts else nullcontext() as image_encoder,
-        closing(ahead(read, places, config.readers)) as stream,
-        tqdm(total=len(places), desc="encoding clips", unit="clip") as progress,
+        closing(ahead(read, chosen_places, config.readers)) as stream,
+        tqdm(total=sum(map(len, todo.values())), desc="encoding clips", unit="clip") as progress,
         torch.inference_mode(),
     ):
         for number, chosen in todo.items():

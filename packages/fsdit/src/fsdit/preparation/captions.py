@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from fsae.data.config import Sampling
 from fsae.data.image import load_image
-from fsae.data.media import Media
+from fsae.data.media import Entry, Media
 from fsae.data.readers import DamagedVideo, ShortVideo, read_clip
-from fsae.data.sources import Entry, read_source
+from fsae.data.sources import read_source
 from fsae.data.video import probe
 from fsae.devices import choose_device
 from fsae.errors import CheckpointError, UserError

@@ -1,8 +1,13 @@
 """Prompt embeddings on disk, so that the text encoder, the largest model, is loaded for new prompts alone.
 
-An entry's name is a hash of what decides it: the cleaned prompt, text_len, and the encoder's and tokenizer's
-fingerprint. It holds the used rows, `L D`. Several processes may share a folder: entries appear whole, and
-two processes that make the same entry write the same values.
+An entry's key is a hash of what decides it: the cleaned prompt, text_len, and the encoder's and tokenizer's
+fingerprint. It holds the used rows, `L D`. Many entries share a file:
+
+    prompts-NAME.safetensors  "rows" N D of all its entries, "ends" where each ends in them, "keys" and "hashes" in
+                              bytes, and "dropped", the tokens that did not fit
+
+Several processes may share a folder: files appear whole, and two processes that make the same entry write the same
+values. Folders with a file for each entry, KE/KEY.safetensors, as they were made before, are still read.
 """
 
 from __future__ import annotations
@@ -10,10 +15,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,6 +32,9 @@ from fsae.storage.files import atomic_path
 from fsae.storage.fingerprint import tensor_fingerprint
 from fsdit.conditioning.encoders import TextEncoder, TextEncoding, clean_prompt, pad_text
 from fsdit.conditioning.folders import loaded
+
+_BATCH, _MULTIPLE = 16, 16  # prompts in a batch; tokens of which its length is a multiple
+_IN_A_FILE = 512  # prompts
 
 
 class PromptRows(NamedTuple):
@@ -39,42 +49,54 @@ class PromptCache:
 
     def __init__(self, folder: str | os.PathLike[str], fingerprint: str, text_len: int) -> None:
         self.folder, self.fingerprint, self.text_len = Path(folder), fingerprint, text_len
+        # The first eight bytes of all keys, sorted, and where each entry is: the number of its file and its row.
+        self._shards: list[Path] = []
+        self._keys, self._places = np.zeros(0, np.uint64), np.zeros((0, 2), np.int32)
+        self._find_shards()
 
     def key(self, prompt: str) -> str:
         """64 hexadecimal digits that stand for the prompt's embedding."""
         return hashlib.sha256(json.dumps([clean_prompt(prompt), self.text_len, self.fingerprint]).encode()).hexdigest()
 
-    def path(self, prompt: str) -> Path:
-        """The entry's file."""
-        key = self.key(prompt)
-        return self.folder / key[:2] / f"{key}.safetensors"
-
     def get(self, prompt: str) -> PromptRows | None:
         """The entry; None if there is none or it is damaged."""
-        path = self.path(prompt)
-        try:
-            with safe_open(path, framework="pt") as file:
-                rows = file.get_tensor("text").clone()  # the file may be replaced while the tensor is in use
-                about = json.loads((file.metadata() or {})["entry"])
-            if about["sha256"] != tensor_fingerprint(rows) or about["key"] != path.stem:
-                return None
-            return PromptRows(rows, int(about["dropped"]))
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-            return None
+        key = bytes.fromhex(self.key(prompt))
+        number = np.frombuffer(key[:8], ">u8")[0]
+        first, stop = (np.searchsorted(self._keys, number, side) for side in ("left", "right"))
+        for shard, row in self._places[first:stop].tolist():
+            if (entry := _read(self._shards[shard], row, key)) is not None:
+                return entry
+        return _read_single(self.folder / key.hex()[:2] / f"{key.hex()}.safetensors")
 
-    def fill(self, prompts: Sequence[str], load: Callable[[], TextEncoder], device: str | torch.device = "cpu") -> int:
+    def fill(self, prompts: Iterable[str], load: Callable[[], TextEncoder], device: str | torch.device = "cpu") -> int:
         """Make the entries that are missing or damaged; returns how many. UserError if one cannot be written.
 
-        Each prompt is encoded by itself, so that an entry does not depend on those made with it. If an entry is
-        missing, `load` gives the encoder, which has the cache's fingerprint and text_len; it is freed again.
+        Prompts are encoded in batches of one size, each padded to one of few lengths by its own length alone, so that
+        an entry does not depend on those made with it. If an entry is missing, `load` gives the encoder, which has the
+        cache's fingerprint and text_len; it is freed again.
         """
-        missing = [prompt for prompt in {self.key(p): p for p in prompts}.values() if self.get(prompt) is None]
-        if missing:
-            with loaded(load, device) as encoder, torch.inference_mode():
-                for prompt in tqdm(missing, desc="encoding prompts", unit="prompt", delay=2):
-                    encoding = encoder([prompt])
-                    self._put(prompt, encoding.embeddings[0, : encoding.tokens[0]].cpu(), encoding.dropped[0])
-        return len(missing)
+        self._find_shards()
+        seen: set[bytes] = set()
+
+        def missing() -> Iterator[str]:
+            for prompt in prompts:
+                key = bytes.fromhex(self.key(prompt))
+                if key not in seen:
+                    seen.add(key)
+                    if self.get(prompt) is None:
+                        yield prompt
+
+        made, todo = 0, missing()
+        if (first := next(todo, None)) is not None:
+            bar = tqdm(desc="encoding prompts", unit=" prompts", delay=2)
+            with bar, loaded(load, device) as encoder, torch.inference_mode():
+                todo = chain([first], todo)
+                while some := list(islice(todo, _IN_A_FILE)):
+                    self._write(_encoded(some, encoder))
+                    bar.update(len(some))
+                    made += len(some)
+        self._find_shards()
+        return made
 
     def encode(
         self, prompts: Sequence[str], load: Callable[[], TextEncoder], device: str | torch.device = "cpu"
@@ -96,19 +118,70 @@ class PromptCache:
             )
         return entry
 
-    def _put(self, prompt: str, rows: Tensor, dropped: int) -> None:
-        path = self.path(prompt)
-        about = {
-            "key": path.stem,
-            "sha256": tensor_fingerprint(rows),
-            "dropped": dropped,
-            "prompt": clean_prompt(prompt),
-            "text_len": self.text_len,
-            "encoder": self.fingerprint,
-        }
+    def _find_shards(self) -> None:
+        """Take in the keys of files that are new, by this process or another."""
+        keys, places = [self._keys], [self._places]
+        for path in sorted(set(self.folder.glob("prompts-*.safetensors")) - set(self._shards)):
+            try:
+                with safe_open(path, framework="numpy") as file:
+                    table = np.ascontiguousarray(file.get_tensor("keys")[:, :8])
+            except (SafetensorError, OSError):
+                continue  # what was in it is missing, and made anew
+            keys.append(table.view(">u8")[:, 0].astype(np.uint64))
+            rows = np.arange(len(table), dtype=np.int32)
+            places.append(np.stack([np.full_like(rows, len(self._shards)), rows], 1))
+            self._shards.append(path)
+        order = np.argsort(joined := np.concatenate(keys), kind="stable")
+        self._keys, self._places = joined[order], np.concatenate(places)[order]
+
+    def _write(self, entries: Mapping[str, PromptRows]) -> None:
+        rows = [entry.rows for entry in entries.values()]
+        keys = [self.key(prompt) for prompt in entries]
+        columns = {"keys": keys, "hashes": [tensor_fingerprint(part) for part in rows]}
+        tensors = {name: torch.tensor([list(bytes.fromhex(h)) for h in of]).byte() for name, of in columns.items()}
+        tensors |= {"rows": torch.cat(rows), "ends": torch.tensor([len(part) for part in rows]).cumsum(0)}
+        tensors["dropped"] = torch.tensor([entry.dropped for entry in entries.values()])
+        path = self.folder / f"prompts-{hashlib.sha256(''.join(keys).encode()).hexdigest()[:32]}.safetensors"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary:
-                save_file({"text": rows.contiguous()}, temporary, metadata={"entry": json.dumps(about)})
+                save_file(tensors, temporary)
         except (SafetensorError, OSError) as error:
             raise UserError(f"cannot write {path} ({error}); make room, or give another place") from error
+
+
+def _read(path: Path, row: int, key: bytes) -> PromptRows | None:
+    """An entry of a file of many, if it is that of the key and whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = [bytes(file.get_slice(name)[row].tolist()) for name in ("keys", "hashes")]
+            ends = [0, *file.get_slice("ends")[max(0, row - 1) : row + 1].tolist()][-2:]
+            rows = file.get_slice("rows")[ends[0] : ends[1]].clone()  # the file may be replaced while it is in use
+            dropped = int(file.get_slice("dropped")[row])
+        return PromptRows(rows, dropped) if about == [key, bytes.fromhex(tensor_fingerprint(rows))] else None
+    except (SafetensorError, OSError, IndexError):
+        return None
+
+
+def _read_single(path: Path) -> PromptRows | None:
+    """The entry in a file of its own."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            rows = file.get_tensor("text").clone()
+            about = json.loads((file.metadata() or {})["entry"])
+        whole = about["sha256"] == tensor_fingerprint(rows) and about["key"] == path.stem
+        return PromptRows(rows, int(about["dropped"])) if whole else None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _encoded(prompts: Sequence[str], encoder: TextEncoder) -> dict[str, PromptRows]:
+    """Of each prompt its entry; those of like lengths are encoded together."""
+    lengths = [-(-len(encoder.tokenize(prompt)[0]) // _MULTIPLE) for prompt in prompts]
+    entries: dict[str, PromptRows] = {}
+    for _, group in groupby(sorted(range(len(prompts)), key=lengths.__getitem__), key=lengths.__getitem__):
+        while batch := [prompts[number] for number in islice(group, _BATCH)]:
+            encoding = encoder([*batch, *batch[:1] * (_BATCH - len(batch))], _MULTIPLE)
+            rows = [text[:used].cpu() for text, used in zip(encoding.embeddings, encoding.tokens, strict=True)]
+            entries |= dict(zip(batch, map(PromptRows, rows, encoding.dropped), strict=False))
+    return entries

@@ -15,17 +15,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fsae.errors import CheckpointError, UserError
+from fsae.storage.columns import Table
 from fsae.storage.files import atomic_path, read_json, write_json
 
 VERSION = 1
@@ -134,6 +136,31 @@ class SampleRecord:
     caption: str
     text: str
     shape: tuple[int, int, int, int]
+
+
+_COLUMNS = {"number": np.int64, "bucket": np.int32, "source": np.int32, "path": str, "start": float, "end": float}
+_COLUMNS |= {"caption": str, "text": str, "shape": np.int32}
+
+
+class SampleRecords(Sequence[SampleRecord]):
+    """The samples of shards as columns, each a `SampleRecord` when it is asked for.
+
+    Args:
+        shards: Their samples.
+    """
+
+    def __init__(self, shards: Iterable[Sequence[SampleRecord]]) -> None:
+        empty = Table.of([], _COLUMNS)
+        empty.numbers["shape"] = empty.numbers["shape"].reshape(0, 4)
+        tables = [Table.of([tuple(vars(sample).values()) for sample in samples], _COLUMNS) for samples in shards]
+        self.columns = Table.join([empty, *(table for table in tables if len(table))])
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def __getitem__(self, index: int) -> SampleRecord:  # type: ignore[override]
+        values = {name: self.columns.value(name, range(len(self))[index]) for name in _COLUMNS}
+        return SampleRecord(**{**values, "shape": tuple(values["shape"])})
 
 
 @dataclass(frozen=True)

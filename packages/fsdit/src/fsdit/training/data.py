@@ -18,12 +18,14 @@ import json
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -31,8 +33,9 @@ from torch.utils.data import Dataset
 from fsae import FSAE
 from fsae.data.buckets import Bucket, BucketOrder
 from fsae.data.config import ClipsConfig
+from fsae.data.index import Entries
+from fsae.data.media import Entry
 from fsae.data.order import Cut
-from fsae.data.sources import Entry
 from fsae.errors import CheckpointError, UserError
 from fsae.shapes import PAPER
 from fsae.storage.files import check_folder
@@ -47,9 +50,13 @@ PathLike = str | os.PathLike[str]
 _OPEN_SHARDS = 64
 
 
-def report_missing_captions(entries: Sequence[Entry]) -> None:
+def report_missing_captions(entries: Entries | Sequence[Entry]) -> None:
     """Say on stderr how many clips of the sources have no caption, if any has none."""
-    missing, number = sum(not entry.caption.strip() for entry in entries), len(entries)
+    number = len(entries)
+    if isinstance(entries, Entries):
+        missing = entries.without_caption()
+    else:
+        missing = sum(not entry.caption.strip() for entry in entries)
     if missing:
         clips, have = "clip" if number == 1 else "clips", "has" if missing == 1 else "have"
         some, none = f"{missing} of {number} {clips} {have} no caption", f"none of {number} {clips} has a caption"
@@ -96,14 +103,16 @@ class CachedLatents(Dataset[dict[str, Any]]):
         self.check_made_alike(self)
         self.text_len, self.pairs = self.headers[0].text_len, self.headers[0].pairs
         self.empty_text = shards.read_empty(self.folders[0]) if self.headers[0].text_encoder else None
-        self.samples: list[shards.SampleRecord] = []
-        self.buckets: list[Bucket] = []
-        self._places: list[tuple[int, int]] = []  # (folder, shard) of each sample
         content = hashlib.sha256()
-        lengths = [self._add(number, content) for number in range(len(self.folders))]
-        for number, length in enumerate(lengths):
-            if not length:
+        lengths: list[list[int]] = [[] for _ in self.folders]  # of the shards of each folder
+        self.samples = shards.SampleRecords(self._read_shards(content, lengths))
+        self._shards = np.cumsum([0, *(length for of_folder in lengths for length in of_folder)])
+        self._folders = np.cumsum([0, *map(len, lengths)])
+        self.buckets: list[Bucket] = []
+        for number, of_folder in enumerate(lengths):
+            if not sum(of_folder):
                 raise UserError(f"{self.folders[number]} holds no sample; give a cache in which something was readable")
+            self._add_buckets(number, sum(of_folder))
         header = self.headers[0]
         self.settings = {
             "cache": content.hexdigest(),
@@ -124,7 +133,7 @@ class CachedLatents(Dataset[dict[str, Any]]):
         """A sample, the same in every epoch; CheckpointError if its shard can no longer be read."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        about, place = self.samples[index], self._places[index]
+        about, place = self.samples[index], self._place(index)
         try:
             file = self._file(place)
             names = self.headers[place[0]].names(about.number, about.text)
@@ -137,9 +146,9 @@ class CachedLatents(Dataset[dict[str, Any]]):
         return {**tensors, "caption": about.caption}
 
     @property
-    def shapes(self) -> list[tuple[int, int, int, int]]:
-        """(C, t, h, w) of each sample's latents, of pairs the high ones."""
-        return [sample.shape for sample in self.samples]
+    def shapes(self) -> NDArray[np.int32]:
+        """(C, t, h, w) of each sample's latents, of pairs the high ones; `N 4`."""
+        return self.samples.columns.numbers["shape"]
 
     def order(self, cut: Cut) -> BucketOrder:
         """The order in which a training loop sees the items: each micro-batch is of one bucket, so of one shape."""
@@ -156,9 +165,9 @@ class CachedLatents(Dataset[dict[str, Any]]):
         """A batch of the first clips of the length and size that are to be validated on; UserError if there is none."""
         frames, height, width = config.clips.shapes[0]
         wanted = PAPER.latent_size(frames, height, width)
-        indices = [index for index, shape in enumerate(self.shapes) if shape[1:] == wanted]
+        indices = np.flatnonzero((self.shapes[:, 1:] == wanted).all(1)).tolist()
         if not indices:
-            videos = {PAPER.video_size(*shape[1:]) for shape in self.shapes}
+            videos = {PAPER.video_size(*shape[1:]) for shape in np.unique(self.shapes, axis=0).tolist()}
             there = [f"{length} of {w}x{h}" for length, h, w in sorted(videos)]
             raise UserError(
                 f"no clip of the cache has {frames} frames of {width}x{height} pixels to validate on; "
@@ -176,7 +185,7 @@ class CachedLatents(Dataset[dict[str, Any]]):
 
     def check_fits(self, config: Any) -> None:
         """Refuse latents, and embeddings if there are any, that a transformer of this configuration does not take."""
-        pairs = [("latents have", self.shapes[0][0], config.latent_channels, "channels")]
+        pairs = [("latents have", int(self.shapes[0, 0]), config.latent_channels, "channels")]
         if self.empty_text is not None:
             pairs += [
                 ("text embeddings have", self.empty_text.shape[1], config.text_dim, "channels"),
@@ -222,30 +231,38 @@ class CachedLatents(Dataset[dict[str, Any]]):
                         f"{self.folders[0]}; give caches that were made alike"
                     )
 
-    def _add(self, folder: int, content: Any) -> int:
-        """Take in one cache's samples and buckets; returns how many samples it has."""
-        header, before = self.headers[folder], len(self.samples)
-        for number in range(header.shards):
-            shard = shards.read_shard(self.folders[folder], number)
-            content.update(shard.sha256.encode())
-            self.samples += shard.samples
-            self._places += [(folder, number)] * len(shard.samples)
-        content.update(json.dumps(header.buckets).encode())
-        groups: dict[tuple[int, int], list[int]] = {}  # of (bucket, source), which come in this order
-        for index, sample in enumerate(self.samples[before:]):
-            groups.setdefault((sample.bucket, sample.source), []).append(index)
-        added, first = len(self.samples) - before, before
-        for number, bucket in enumerate(header.buckets):
-            weights = enumerate(bucket["weights"])
-            members = [(weight, groups[number, source]) for source, weight in weights if (number, source) in groups]
+    def _read_shards(self, content: Any, lengths: list[list[int]]) -> Iterator[list[shards.SampleRecord]]:
+        """The samples of each shard; their numbers go to `lengths`, what decides them to `content`."""
+        for folder, header, own in zip(self.folders, self.headers, lengths, strict=True):
+            for number in range(header.shards):
+                shard = shards.read_shard(folder, number)
+                content.update(shard.sha256.encode())
+                own.append(len(shard.samples))
+                yield shard.samples
+            content.update(json.dumps(header.buckets).encode())
+
+    def _add_buckets(self, folder: int, length: int) -> None:
+        """Take in the buckets of one cache of so many samples."""
+        first = self.buckets[-1].first + len(self.buckets[-1]) if self.buckets else 0
+        bucket_of, source_of = (self.samples.columns.numbers[name][first:][:length] for name in ("bucket", "source"))
+        for number, bucket in enumerate(self.headers[folder].buckets):
+            groups = [
+                (weight, np.flatnonzero((bucket_of == number) & (source_of == source)).astype(np.int32))
+                for source, weight in enumerate(bucket["weights"])
+            ]
+            members = [(weight, group) for weight, group in groups if len(group)]
             if members:
-                height, width = bucket["size"]
-                share = bucket["share"] * added
+                (height, width), share = bucket["size"], bucket["share"] * length
                 self.buckets.append(
                     Bucket(bucket["frames"], (height, width), bucket["batch_size"], share, first, members)
                 )
                 first += len(self.buckets[-1])
-        return added
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The number of a sample's folder, and of its shard there."""
+        shard = int(np.searchsorted(self._shards, index, side="right")) - 1
+        folder = int(np.searchsorted(self._folders, shard, side="right")) - 1
+        return folder, int(shard - self._folders[folder])
 
     def _file(self, place: tuple[int, int]) -> Any:
         """A shard's open file; those used last are kept."""
