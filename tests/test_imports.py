@@ -28,10 +28,11 @@ WINGS: dict[str, set[str]] = {
     "errors": set(),
     "exports": set(),
     "bounds": {"errors"},
+    "shapes": {"errors"},
     "commandline": {"errors"},
     "devices": {"errors"},
     "storage": {"errors"},
-    "data": {"errors", "bounds", "storage"},
+    "data": {"errors", "bounds", "shapes", "storage"},
     "training": {"errors", "bounds", "commandline", "devices", "storage", "data"},
 }
 

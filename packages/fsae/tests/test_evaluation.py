@@ -36,6 +36,7 @@ from fsae.model import FSAE
 
 TINY: dict[str, Any] = {
     "widths": (8,) * 3,
+    "frame_matching": False,
     "encoder_depths": (1,) * 3,
     "decoder_depths": (1,) * 3,
     "residual_stages": 2,

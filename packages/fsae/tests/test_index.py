@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import getpass
 import io
 import json
 import math
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from fsae.data import index as indices
@@ -272,8 +273,7 @@ def test_a_maker_that_does_nothing_is_not_waited_for_without_end(
     assert version is not None
     folder = version.parent.parent
     monkeypatch.setattr(indices, "_PATIENCE", 0.2)
-    with (folder / "lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / "lock"):
         with pytest.raises(UserError, match=rf"another process has the index of .*data .*end it, or remove {folder}"):
             read_source(tmp_path / "data")
     assert len(read_source(tmp_path / "data")) == 1
@@ -295,7 +295,9 @@ def test_it_lies_where_the_user_may_write(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(indices.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
     folder = read_source(tmp_path / "data").rows.folder
-    assert folder is not None and folder.is_relative_to(tmp_path / "temporary" / f"fsvideo-{os.getuid()}" / "index")
+    assert folder is not None and folder.is_relative_to(
+        tmp_path / "temporary" / f"fsvideo-{getpass.getuser()}" / "index"
+    )
     monkeypatch.setattr(indices.tempfile, "gettempdir", lambda: str(tmp_path / "file"))
     with pytest.raises(UserError, match="takes files; set XDG_CACHE_HOME to a folder that does"):
         read_source(tmp_path / "data")

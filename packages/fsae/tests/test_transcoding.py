@@ -30,6 +30,7 @@ from fsae.transcoding.transcode import decode_file, encode_file, stream_reach
 # Few convolutions over time, so that a reach is a few latents and a clip of a hundred frames is many of it.
 FEW_STAGES: dict[str, Any] = {
     "widths": (8,) * 3,
+    "frame_matching": False,
     "encoder_depths": (1,) * 3,
     "decoder_depths": (1,) * 3,
     "residual_stages": 2,

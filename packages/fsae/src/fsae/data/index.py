@@ -12,7 +12,7 @@ read are tried again at every start. Probing that is interrupted goes on from wh
 
 from __future__ import annotations
 
-import fcntl
+import getpass
 import hashlib
 import os
 import secrets
@@ -27,6 +27,7 @@ from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from fsae.data.image import image_size
@@ -166,7 +167,7 @@ def index_folder(source: str) -> Path:
         f"{_VERSION}\n{os.path.abspath(source)}\n{source}".encode("utf-8", "surrogatepass")
     ).hexdigest()
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    for place in (Path(caches, "fsvideo"), Path(tempfile.gettempdir(), f"fsvideo-{os.getuid()}")):
+    for place in (Path(caches, "fsvideo"), Path(tempfile.gettempdir(), f"fsvideo-{getpass.getuser()}")):
         folder = place / "index" / name[:32]
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -182,22 +183,24 @@ def index_folder(source: str) -> Path:
 @contextmanager
 def _alone(folder: Path, source: str) -> Iterator[None]:
     """Hold the index's lock, which the system frees when a process ends in whatever way."""
-    with (folder / "lock").open("a") as lock:
+    lock = FileLock(folder / "lock")
+    try:
         while True:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock.acquire(timeout=0.1)
                 break
-            except BlockingIOError:
+            except Timeout:
                 if time.time() - max(path.stat().st_mtime for path in (folder, folder / "lock")) > _PATIENCE:
                     raise UserError(
                         f"another process has the index of {source} and did nothing for {_PATIENCE:g} seconds; end "
                         f"it, or remove {folder}, and start again"
                     ) from None
-                time.sleep(0.1)
-            except OSError:  # a file system without locks; versions appear whole even so
+            except (OSError, NotImplementedError):  # a file system without locks; versions appear whole even so
                 break
         os.utime(folder / "lock")
         yield
+    finally:
+        lock.release()
 
 
 def _newest(folder: Path) -> tuple[Path | None, Index | None]:
