@@ -96,6 +96,8 @@ class LoopConfig:
             moments and average, by torch, and "zero3" the same, by DeepSpeed's ZeRO-3 (needs the extra
             fsae[deepspeed]). Checkpoints are the same, and a run may go on under another. One process has nothing
             to split and trains as under "ddp".
+        shard_group: With fsdp2, how many processes hold one copy of the model together, those of a node for instance;
+            0 for all. The copies' gradients are averaged.
         max_minutes: Save and stop after this much wall-clock time; 0 sets no limit.
         log_every: Steps between scalars.
         validate_every: Steps between validations; 0 for none.
@@ -117,6 +119,7 @@ class LoopConfig:
     seed: Index = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     sharding: Literal["ddp", "fsdp2", "zero3"] = "ddp"
+    shard_group: Index = 0
     max_minutes: Weight = 0.0
     log_every: Count = 10
     validate_every: Index = 0
@@ -130,6 +133,8 @@ class LoopConfig:
         check(self)
         whole = self.sharding == "ddp" or self.mixed_precision != "fp16"
         require(whole, "mixed_precision", self.mixed_precision, f"no or bf16 with sharding {self.sharding}")
+        grouped = self.sharding == "fsdp2" or self.shard_group == 0
+        require(grouped, "shard_group", self.shard_group, f"0 with sharding {self.sharding}, or fsdp2 the sharding")
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that decide the weights: a checkpoint made under others cannot be continued.
@@ -157,6 +162,7 @@ _HARMLESS = (
     "resume",
     "tensorboard",
     "sharding",
+    "shard_group",
 )
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import send_to_device
+from accelerate.utils import AutocastKwargs, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
@@ -149,6 +149,8 @@ class _Run:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             mixed_precision=config.mixed_precision,
             cpu=not torch.accelerator.is_available(),  # without it, accelerate forms no group of CPU processes
+            # Autocast would keep a half of every weight, gathered or not, for as long as the loss takes.
+            kwargs_handlers=[AutocastKwargs(cache_enabled=config.sharding == "ddp")],
         )
         self.rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process

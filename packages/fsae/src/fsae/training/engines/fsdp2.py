@@ -9,15 +9,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from fsae.errors import require
 from fsae.training.checkpointing import load_modules, load_optimizer, optimizer_tensors
 from fsae.training.config import LoopConfig
 from fsae.training.engines.protocol import Engine, ModuleSet, OneForward, eval_mode
@@ -29,7 +31,10 @@ class Fsdp2(Engine):
     Args:
         accelerator: The run's, with several processes.
         trained: What to train.
-        config: The run's, for the accumulation; its precision is "no" or "bf16".
+        config: The run's, for the accumulation, the precision ("no" or "bf16") and the group that shares a copy.
+
+    Raises:
+        UserError: the processes do not divide into groups of `config.shard_group`.
     """
 
     sharded = True
@@ -39,7 +44,7 @@ class Fsdp2(Engine):
         self.accumulation = config.gradient_accumulation_steps
         self.templates = {name: template(module) for name, module in self.modules.items()}
         together = OneForward(self.modules)
-        shard(together, self.device)
+        shard(together, mesh_of(self.device, config.shard_group), halves=config.mixed_precision == "bf16")
         self.forward = accelerator.prepare_model(together, evaluation_mode=True)  # else it would be wrapped in DDP
         self.names = trained.names()
         self.optimizer = trained.make_optimizer()
@@ -94,17 +99,53 @@ class Fsdp2(Engine):
         return assembled(self.templates[name], self.state(name, keep=True)).to(self.device).eval()
 
 
-def shard(module: nn.Module, device: torch.device) -> None:
-    """Split `module` over all processes and move it to `device`; its blocks are gathered one at a time.
+def mesh_of(device: torch.device, group: int) -> DeviceMesh:
+    """All processes in a row, or, by HSDP, rows of `group` neighbours with one copy of the model each."""
+    world = torch.distributed.get_world_size()
+    fits = not group or world % group == 0
+    require(fits, "shard_group", group, f"0, or a number that divides the {world} processes")
+    if group in (0, world):
+        return init_device_mesh(device.type, (world,))
+    return init_device_mesh(device.type, (world // group, group), mesh_dim_names=("copies", "parts"))
+
+
+def shard(module: nn.Module, mesh: DeviceMesh, halves: bool) -> None:
+    """Split `module` over the mesh's processes and move it there; its blocks are gathered one at a time.
 
     A module's own methods still work inside `module`'s forward, but a block must be entered by its forward.
+
+    Args:
+        module: What is split.
+        mesh: As `mesh_of`.
+        halves: Gather the weights of blocks' linear layers in the bf16 that autocast would make of them.
     """
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    wide = {name for m in module.modules() for name in getattr(m, "_keep_in_fp32_modules", None) or ()}
     for parameter in module.parameters():
         parameter.data = parameter.data.contiguous()  # FSDP2 takes no channels-last weights
     for block in blocks(module):
-        fully_shard(block, mesh=mesh)
+        layers = [m for name, m in block.named_modules() if type(m) is nn.Linear and not wide & {*name.split(".")}]
+        _shard_block(block, mesh, [layer for layer in layers if halves and layer is not block])
     fully_shard(module, mesh=mesh)
+
+
+def _shard_block(block: nn.Module, mesh: DeviceMesh, halves: list[nn.Linear]) -> None:
+    """Split a block, with its layers `halves` in groups of their own; what else it holds is gathered in fp32.
+
+    Layers stay gathered until the block has run, and if it runs again in the backward pass, until they are
+    differentiated. Which one comes next there is said here: FSDP2's own guess goes by the order of those second runs.
+    """
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for layer in halves:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(block, mesh=mesh)
+    for before, layer in pairwise([block, *halves]):
+        layer.set_modules_to_backward_prefetch([before])  # type: ignore[operator]
+
+    def drop(*_: object) -> None:
+        for layer in halves:
+            layer.reshard()  # type: ignore[operator]
+
+    block.register_forward_hook(drop)
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
