@@ -5,6 +5,9 @@ Run as a script, this file is one of the processes.
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fsae.errors import UserError
 from fsae.storage.files import read_json, write_json
-from fsae.training.checkpointing import checkpoints, load_tensors
+from fsae.storage.pieces import save_pieces, whole_tensors
+from fsae.training import loop
+from fsae.training.checkpointing import checkpoints
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import Task, TrainingResult, train
 
@@ -89,8 +94,8 @@ class Denoise(Task):
 def run(folder: Path, task: Task | None = None, **changes: Any) -> TrainingResult:
     settings: dict[str, Any] = {"max_steps": 4, "ema_decay": 0.9, "tensorboard": False} | changes
     optimizer = OptimizerConfig(learning_rate=0.01, weight_decay=0.1, eps=0.01)  # updates follow the gradient
-    loop = LoopConfig(str(folder), optimizer=optimizer, schedule=ScheduleConfig("constant"), **settings)
-    return train(task or Denoise(), Points(), loop)
+    config = LoopConfig(str(folder), optimizer=optimizer, schedule=ScheduleConfig("constant"), **settings)
+    return train(task or Denoise(), Points(), config)
 
 
 def precision(folder: Path) -> None:
@@ -121,17 +126,36 @@ def groups(folder: Path) -> None:
     write_json(folder / f"facts-{torch.distributed.get_rank()}.json", facts)
 
 
-def launch(folder: Path, what: str, processes: int) -> list[dict[str, Any]]:
+def divided(folder: Path) -> None:
+    """Go on with the run of twelve samples an update in as many processes as there are."""
+    processes = int(os.environ["WORLD_SIZE"])  # as the launcher says; they have not met yet
+    run(folder, max_steps=6, sharding="fsdp2", gradient_accumulation_steps=12 // processes)
+
+
+def killed(folder: Path) -> None:
+    """Begin the run, and be killed while its second checkpoint is written."""
+
+    def dying(pieces: Any, into: Path, name: str, rank: int) -> None:
+        if "6" in into.name and name == "optimizer" and rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_pieces(pieces, into, name, rank)
+
+    loop.save_pieces = dying  # type: ignore[attr-defined]
+    run(folder, max_steps=6, save_every=3, sharding="fsdp2", gradient_accumulation_steps=3)
+
+
+def launch(folder: Path, what: str, processes: int, fails: bool = False) -> list[dict[str, Any]]:
     """What each of the processes has noted."""
+    torch.set_num_threads(1)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run([*launcher, __file__, what, str(folder)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return [read_json(path) for path in sorted(folder.glob("facts-*.json"))]
 
 
 def assert_close(one: Path, two: Path, tolerance: float) -> None:
     for name in ("net", "ema", "optimizer"):
-        expected, found = (load_tensors(checkpoints(folder)[-1] / f"{name}.safetensors") for folder in (one, two))
+        expected, found = (dict(whole_tensors(checkpoints(folder)[-1], name)) for folder in (one, two))
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -145,7 +169,7 @@ def test_under_bf16_linear_layers_are_gathered_in_bf16_and_the_rest_stays_fp32(t
         assert facts["gathered"].count("torch.bfloat16") == 4 * 3 * 2
         assert facts["gathered"].count("torch.float32") == 4 * (3 * 2 + 1)
     assert_close(tmp_path / "ddp", tmp_path / "fsdp2", 2e-3)
-    weights = load_tensors(checkpoints(tmp_path / "fsdp2")[-1] / "net.safetensors")
+    weights = dict(whole_tensors(checkpoints(tmp_path / "fsdp2")[-1], "net"))
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
@@ -157,6 +181,28 @@ def test_copies_held_by_groups_of_processes_train_as_one_copy_held_by_all(tmp_pa
     assert_close(tmp_path / "all", tmp_path / "pairs", 1e-6)
 
 
+@pytest.mark.slow
+def test_a_run_killed_in_four_processes_goes_on_in_two_or_three_as_if_it_were_not(tmp_path: Path) -> None:
+    launch(tmp_path / "two", "killed", 4, fails=True)
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {
+        "checkpoint-00000003",
+        ".checkpoint-00000006.partial",
+    }
+    names = {path.name for path in (tmp_path / "two" / "checkpoint-00000003").glob("*.safetensors")}
+    assert names == {f"{name}.0000{rank}.safetensors" for name in ("net", "ema", "optimizer") for rank in range(4)} | {
+        f"random-0000{rank}.safetensors" for rank in range(4)
+    }
+    shutil.copytree(tmp_path / "two", tmp_path / "three")
+    run(tmp_path / "one", max_steps=6, gradient_accumulation_steps=12)
+    for processes, name in ((2, "two"), (3, "three")):
+        launch(tmp_path / name, "divided", processes)
+        assert_close(tmp_path / "one", tmp_path / name, 1e-6)
+        state = read_json(checkpoints(tmp_path / name)[-1] / "state.json")
+        assert state["settings"]["processes"] == processes and not list((tmp_path / name).glob(".*"))
+    with pytest.raises(UserError, match="processes was 2, is now 1"):
+        run(tmp_path / "two", max_steps=7, gradient_accumulation_steps=6)
+
+
 def test_a_group_needs_fsdp2(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="shard_group is 2; it must be 0 with sharding zero3, or fsdp2 the sharding"):
         LoopConfig(str(tmp_path), sharding="zero3", shard_group=2)
@@ -164,5 +210,6 @@ def test_a_group_needs_fsdp2(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"precision": precision, "groups": groups}[sys.argv[1]](Path(sys.argv[2]))
+    kinds = {"precision": precision, "groups": groups, "divided": divided, "killed": killed}
+    kinds[sys.argv[1]](Path(sys.argv[2]))
     torch.distributed.destroy_process_group()

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -181,17 +182,16 @@ def load_state(module: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: the file is missing or cut short, or a key is missing, unknown or misshapen.
     """
-    module.load_state_dict(read_state(module, path), strict=True)
-
-
-def read_state(module: nn.Module, path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, which must be exactly those of `module`; errors as `load_state`."""
     check_fit(_shapes_of(module), tensor_shapes(path), type(module).__name__, Path(path))
-    return load_file(path)
+    module.load_state_dict(load_file(path), strict=True)
 
 
-def save_state(state: nn.Module | Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
-    """Save a module's state, or a dictionary of tensors, as one safetensors file, atomically.
+def save_state(
+    state: nn.Module | Mapping[str, torch.Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Save a module's state, or a dictionary of tensors, as one safetensors file, atomically; `metadata` in its header.
 
     Tensors that share memory (tied weights) are written once for each name.
     """
@@ -204,7 +204,7 @@ def save_state(state: nn.Module | Mapping[str, torch.Tensor], path: str | os.Pat
         whole[name] = packed.clone() if storage in seen else packed
         seen.add(storage)
     with atomic_path(path) as temporary:
-        save_file(whole, temporary, metadata={"format": "pt"})
+        save_file(whole, temporary, metadata={"format": "pt", **metadata})
 
 
 def tensor_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:

@@ -63,9 +63,13 @@ def report_end(result: TrainingResult, max_steps: int, *sources: Any) -> bool:
 
 
 def save_parts(result: TrainingResult, parts: Mapping[str, Any]) -> list[Path]:
-    """Write parts of a pipeline, each by its `save_pretrained`, as folders of diffusers' layout in the run's folder.
+    """Write parts of a pipeline as folders of diffusers' layout in the run's folder.
 
     A folder appears whole, in place of that of an earlier run; only the main process writes.
+
+    Args:
+        result: The run's.
+        parts: By folder: the name of a trained module, or what saves itself by `save_pretrained`.
 
     Raises:
         UserError: a folder cannot be written, such as on a full disk.
@@ -75,7 +79,7 @@ def save_parts(result: TrainingResult, parts: Mapping[str, Any]) -> list[Path]:
         for folder, part in zip(folders, parts.values(), strict=True):
             try:
                 with atomic_folder(folder) as temporary:
-                    part.save_pretrained(temporary)
+                    result.save(part, temporary) if isinstance(part, str) else part.save_pretrained(temporary)
             except (OSError, SafetensorError) as error:
                 raise UserError(
                     f"cannot write {folder} ({error}); the run's last checkpoint is whole: make room, and run again"

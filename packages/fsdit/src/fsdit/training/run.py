@@ -106,7 +106,7 @@ def _autoencoder(config: TransformerConfig) -> FSAE | None:
 
 def _save(result: TrainingResult, text_encoder: TextEncoder | None) -> list[Path]:
     """Write the trained modules (averaged, if there is an average) as folders in diffusers' layout."""
-    parts: dict[str, Any] = {name: result.export(name) for name in result.modules}
+    parts: dict[str, Any] = {name: name for name in result.modules}
     if "text_encoder" in parts:
         assert text_encoder is not None
         parts["tokenizer"] = text_encoder.tokenizer

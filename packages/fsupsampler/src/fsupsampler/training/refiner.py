@@ -138,4 +138,4 @@ def train_refiner(config: RefinerConfig, dataset: Any = None, validation: Any = 
     result = train(task, pairs.samples, config.loop, pairs.collate)
     if not report_end(result, config.loop.max_steps, pairs.samples, pairs.held_out):
         return []
-    return save_parts(result, {"refiner": result.export("transformer"), "dynamic_mask": task.mask.frozen()})
+    return save_parts(result, {"refiner": "transformer", "dynamic_mask": task.mask.frozen()})

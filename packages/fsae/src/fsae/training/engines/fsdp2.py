@@ -1,26 +1,26 @@
 """FSDP2: every process holds a part of each weight, gradient and moment; blocks are gathered while they compute.
 
 By torch's own `fully_shard` and not by accelerate's plugin for it, which takes no CPU processes and only one
-model. What is written to disk is always whole, so nothing outside a running training knows of the parts.
+model.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from fsae.errors import require
-from fsae.training.checkpointing import load_modules, load_optimizer, optimizer_tensors
+from fsae.storage.pieces import Piece
 from fsae.training.config import LoopConfig
 from fsae.training.engines.protocol import Engine, ModuleSet, OneForward, eval_mode
 
@@ -53,7 +53,8 @@ class Fsdp2(Engine):
         (loss / self.accumulation).backward()
 
     def clip(self, max_norm: float) -> Tensor:
-        return whole(nn.utils.clip_grad_norm_(list(self.names), max_norm or float("inf"))).float()
+        norm = nn.utils.clip_grad_norm_(list(self.names), max_norm or float("inf"))
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()
 
     def step(self) -> None:
         self.optimizer.step()
@@ -67,36 +68,18 @@ class Fsdp2(Engine):
             finally:
                 release(self.forward)
 
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        return {name: parameter for parameter, name in self.names.items()}
+    def piece(self, tensor: Tensor) -> Piece:
+        shape = tuple(tensor.shape)
+        if not isinstance(tensor, DTensor):
+            return Piece(tensor.detach(), 0, shape, torch.distributed.get_rank() == 0)
+        mesh = tensor.device_mesh
+        *copy, part = mesh.get_coordinate() or ()
+        rows = -(-shape[0] // mesh.shape[-1])
+        start = min(part * rows, shape[0]) * math.prod(shape[1:])
+        return Piece(tensor.detach().to_local(), start, shape, not any(copy))
 
-    def gathered(self, parts: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-        """Whole tensors, in the processes that `keep` them; split ones come to the CPU, one after the other."""
-        kept = {}
-        for name, tensor in parts.items():
-            complete = whole(tensor.detach())
-            if keep:
-                kept[name] = complete.cpu() if isinstance(tensor, DTensor) else complete
-        return kept
-
-    def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: placed(tensors[name], weight) for name, weight in self.weights.items()}
-
-    def state(self, name: str, keep: bool) -> dict[str, Tensor]:
-        return self.gathered(self.modules[name].state_dict(), keep)
-
-    def load_modules(self, folder: Path) -> None:
-        load_modules(folder, self.modules, placed)
-
-    def moments(self, keep: bool) -> dict[str, Tensor]:
-        return self.gathered(optimizer_tensors(self.optimizer, self.names), keep)
-
-    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        load_optimizer(self.optimizer, moments, self.names, placed)
-
-    def export(self, name: str) -> nn.Module:
-        return assembled(self.templates[name], self.state(name, keep=True)).to(self.device).eval()
+    def template(self, name: str) -> nn.Module:
+        return self.templates[name]
 
 
 def mesh_of(device: torch.device, group: int) -> DeviceMesh:
@@ -169,25 +152,7 @@ def release(module: nn.Module) -> None:
             part.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, gathered by all processes together if it is split."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def placed(tensor: Tensor, like: Tensor) -> Tensor:
-    """The same tensor, split as `like` is; every process has the whole and takes its part."""
-    if not isinstance(like, DTensor):
-        return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
 def template(module: nn.Module) -> nn.Module:
-    """A copy of `module` whose parameters take no memory, to be made whole again by `assembled`."""
+    """A copy of `module` whose parameters take no memory."""
     empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in module.parameters()}
     return copy.deepcopy(module, empty)
-
-
-def assembled(plain: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """`plain`, a `template` of a split module, with that module's whole state."""
-    plain.load_state_dict(state, assign=True)
-    return plain
