@@ -15,17 +15,20 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.utils.checkpoint import checkpoint
 
 from fsae.errors import UserError
+from fsae.storage.checkpoint import StrictModelMixin
 from fsae.storage.files import read_json, write_json
 from fsae.storage.pieces import save_pieces, whole_tensors
 from fsae.training import loop
 from fsae.training.checkpointing import checkpoints
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import Task, TrainingResult, train
+from fsae.training.runs import model_to_train
 
 
 class Points(torch.utils.data.Dataset[Tensor]):
@@ -80,10 +83,26 @@ class Net(nn.Module):
         return self.out(x)
 
 
+class Model(StrictModelMixin):
+    """A network that is saved and built from a preset."""
+
+    presets = {"small": {"depth": 2}}
+    _no_split_modules = ["Block"]
+
+    @register_to_config
+    def __init__(self, depth: int = 1) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(5, 7), nn.Linear(7, 5)
+        self.blocks = nn.Sequential(*(Block() for _ in range(depth)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.blocks(self.into(x)))
+
+
 class Denoise(Task):
-    def __init__(self) -> None:
+    def __init__(self, net: nn.Module | None = None) -> None:
         torch.manual_seed(0)
-        self.net = Net()
+        self.net = net or Net()
         self.modules = {"net": self.net}
 
     def loss(self, batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -91,11 +110,37 @@ class Denoise(Task):
         return {"loss": (self.net(noisy).float() - batch).square().mean()}
 
 
-def run(folder: Path, task: Task | None = None, **changes: Any) -> TrainingResult:
+def configured(folder: Path, **changes: Any) -> LoopConfig:
     settings: dict[str, Any] = {"max_steps": 4, "ema_decay": 0.9, "tensorboard": False} | changes
     optimizer = OptimizerConfig(learning_rate=0.01, weight_decay=0.1, eps=0.01)  # updates follow the gradient
-    config = LoopConfig(str(folder), optimizer=optimizer, schedule=ScheduleConfig("constant"), **settings)
-    return train(task or Denoise(), Points(), config)
+    return LoopConfig(str(folder), optimizer=optimizer, schedule=ScheduleConfig("constant"), **settings)
+
+
+def run(folder: Path, task: Task | None = None, **changes: Any) -> TrainingResult:
+    return train(task or Denoise(), Points(), configured(folder, **changes))
+
+
+def begun(folder: Path, **changes: Any) -> list[bool]:
+    """Train a drawn model, a saved one, and the first one further; whether each had no weights before it was split."""
+    bare = []
+    for name, model, steps in (("drawn", "small", 2), ("again", str(folder / "saved"), 2), ("drawn", "small", 4)):
+        config = configured(folder / name, max_steps=steps, **changes)
+        torch.manual_seed(1)
+        net = model_to_train(Model, model, config)
+        bare.append(all(parameter.is_meta for parameter in net.parameters()))
+        result = train(Denoise(net), Points(), config)
+        if model == "small" and steps == 2:
+            if result.is_main_process:
+                (folder / "saved").mkdir()
+                result.save("net", folder / "saved")
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()
+    return bare
+
+
+def start(folder: Path) -> None:
+    bare = begun(folder, sharding="fsdp2", gradient_accumulation_steps=3)
+    write_json(folder / f"facts-{torch.distributed.get_rank()}.json", {"bare": bare})
 
 
 def precision(folder: Path) -> None:
@@ -147,6 +192,7 @@ def killed(folder: Path) -> None:
 def launch(folder: Path, what: str, processes: int, fails: bool = False) -> list[dict[str, Any]]:
     """What each of the processes has noted."""
     torch.set_num_threads(1)
+    folder.mkdir(exist_ok=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run([*launcher, __file__, what, str(folder)], capture_output=True, text=True, timeout=300)
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
@@ -182,6 +228,15 @@ def test_copies_held_by_groups_of_processes_train_as_one_copy_held_by_all(tmp_pa
 
 
 @pytest.mark.slow
+def test_weights_are_built_once_or_read_in_parts(tmp_path: Path) -> None:
+    facts = launch(tmp_path / "two", "start", 2)
+    assert [fact["bare"] for fact in facts] == [[False, True, True], [True, True, True]]
+    assert begun(tmp_path / "one", gradient_accumulation_steps=6) == [False] * 3
+    for name in ("drawn", "again"):
+        assert_close(tmp_path / "one" / name, tmp_path / "two" / name, 1e-6)
+
+
+@pytest.mark.slow
 def test_a_run_killed_in_four_processes_goes_on_in_two_or_three_as_if_it_were_not(tmp_path: Path) -> None:
     launch(tmp_path / "two", "killed", 4, fails=True)
     assert {path.name for path in (tmp_path / "two").iterdir()} == {
@@ -210,6 +265,6 @@ def test_a_group_needs_fsdp2(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    kinds = {"precision": precision, "groups": groups, "divided": divided, "killed": killed}
+    kinds = {"precision": precision, "groups": groups, "divided": divided, "killed": killed, "start": start}
     kinds[sys.argv[1]](Path(sys.argv[2]))
     torch.distributed.destroy_process_group()

@@ -43,6 +43,8 @@ class StrictModelMixin(ModelMixin, ConfigMixin):
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    weights_source: Mapping[str, Any] | str | None = None
+    """Of a model that is to be split: where its weights come from then (`fsae.training.runs.model_to_train`)."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -138,7 +138,7 @@ def save_pieces(pieces: Mapping[str, Piece], folder: Path, name: str, rank: int)
 
 
 @torch.no_grad()
-def load_pieces(pieces: Mapping[str, Piece], stored: Mapping[str, StoredTensor], what: str, source: Path) -> None:
+def load_pieces(pieces: Mapping[str, Piece], stored: Mapping[str, StoredTensor], what: str, source: Path | str) -> None:
     """Fill pieces with the entries that are theirs, one tensor after the other.
 
     Args:

@@ -205,7 +205,7 @@ class _Run:
             dataset, Cut(config.seed, config.batch_size, accumulation, data_processes, self.data_rank)
         )
         self.dataset, self.collate, self.worker_signals = EpochItems(dataset), collate, WorkerSignals()
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "loop": config.result_settings(),
             "task": dict(task.settings),
             "data": {"samples": len(dataset), **getattr(dataset, "settings", {})},

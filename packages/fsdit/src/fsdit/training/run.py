@@ -10,7 +10,7 @@ import torch
 from fsae import FSAE
 from fsae.errors import UserError
 from fsae.training.loop import TrainingResult, train
-from fsae.training.runs import is_main_process, read_samples, report_end, save_parts
+from fsae.training.runs import is_main_process, model_to_train, read_samples, report_end, save_parts
 from fsdit.conditioning.encoders import ImageEncoder, TextEncoder
 from fsdit.conditioning.folders import load_encoders
 from fsdit.model import FSDiT
@@ -39,7 +39,7 @@ def train_transformer(config: TransformerConfig, dataset: Any = None, validation
     torch.manual_seed(loop.seed)
     text_encoder, image_encoder = _encoders(config, outline, clips)
     check_widths(outline, text_encoder, image_encoder, autoencoder)
-    transformer = FSDiT.from_preset_or_folder(config.model, **config.model_options)
+    transformer = model_to_train(FSDiT, config.model, loop, **config.model_options)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     task = FlowMatchingTask(

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from fsae import FSAE
 from fsae.training.loop import train
-from fsae.training.runs import is_main_process, report_end, save_parts
+from fsae.training.runs import is_main_process, model_to_train, report_end, save_parts
 from fsdit.conditioning.encoders import ImageEncoder, TextEncoder
 from fsdit.conditioning.folders import load_encoders
 from fsdit.conditioning.inputs import Condition, FlowBatch, first_frame_condition, nothing_known
@@ -120,7 +120,7 @@ def train_refiner(config: RefinerConfig, dataset: Any = None, validation: Any = 
     """
     torch.manual_seed(config.loop.seed)
     autoencoder = load_autoencoder(config)
-    refiner = FSDiT.from_preset_or_folder(config.model)
+    refiner = model_to_train(FSDiT, config.model, config.loop)
     if config.gradient_checkpointing:
         refiner.enable_gradient_checkpointing()
     upsampler = LatentUpsampler.from_pretrained(config.upsampler).requires_grad_(False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -17,10 +17,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fsae.errors import require
-from fsae.storage.pieces import Piece
+from fsae.storage.pieces import Piece, StoredTensor, load_pieces
 from fsae.training.config import LoopConfig
 from fsae.training.engines.protocol import Engine, ModuleSet, OneForward, eval_mode
 
@@ -44,10 +44,28 @@ class Fsdp2(Engine):
         self.accumulation = config.gradient_accumulation_steps
         self.templates = {name: template(module) for name, module in self.modules.items()}
         together = OneForward(self.modules)
+        named = {name: getattr(module, "weights_source", None) for name, module in self.modules.items()}
+        sources = {name: source for name, source in named.items() if source is not None}
+        drawn = {name: _taken(self.modules[name]) for name in sources}
         shard(together, mesh_of(self.device, config.shard_group), halves=config.mixed_precision == "bf16")
+        for name, source in sources.items():
+            self._fill(name, source, drawn[name])
         self.forward = accelerator.prepare_model(together, evaluation_mode=True)  # else it would be wrapped in DDP
         self.names = trained.names()
         self.optimizer = trained.make_optimizer()
+
+    @torch.no_grad()
+    def _fill(self, name: str, source: Mapping[str, StoredTensor] | str, drawn: dict[str, Tensor]) -> None:
+        """Give each process its part of a module's weights: of files, or of what the main process has drawn."""
+        module = self.modules[name].to_empty(device=self.device)
+        if not isinstance(source, str):
+            load_pieces(self.state(name), source, type(module).__name__, "the saved model")
+        elif source == "main":
+            for key, weight in module.named_parameters():
+                assert isinstance(weight, DTensor)
+                whole = drawn.pop(key) if drawn else torch.empty(weight.shape)
+                whole = whole.to(self.device).contiguous()
+                weight.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements))
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulation).backward()
@@ -76,7 +94,7 @@ class Fsdp2(Engine):
         *copy, part = mesh.get_coordinate() or ()
         rows = -(-shape[0] // mesh.shape[-1])
         start = min(part * rows, shape[0]) * math.prod(shape[1:])
-        return Piece(tensor.detach().to_local(), start, shape, not any(copy))
+        return Piece(tensor.to_local().detach(), start, shape, not any(copy))
 
     def template(self, name: str) -> nn.Module:
         return self.templates[name]
@@ -90,6 +108,13 @@ def mesh_of(device: torch.device, group: int) -> DeviceMesh:
     if group in (0, world):
         return init_device_mesh(device.type, (world,))
     return init_device_mesh(device.type, (world // group, group), mesh_dim_names=("copies", "parts"))
+
+
+def _taken(module: nn.Module) -> dict[str, Tensor]:
+    """A module's weights, taken out of it; none where it had none."""
+    weights = {key: p.detach() for key, p in module.named_parameters() if not p.is_meta}
+    module.to_empty(device="meta")
+    return weights
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, halves: bool) -> None:
@@ -121,8 +146,8 @@ def _shard_block(block: nn.Module, mesh: DeviceMesh, halves: list[nn.Linear]) ->
     for layer in halves:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(block, mesh=mesh)
-    for before, layer in pairwise([block, *halves]):
-        layer.set_modules_to_backward_prefetch([before])  # type: ignore[operator]
+    for before, after in pairwise([block, *halves]):
+        after.set_modules_to_backward_prefetch([before])  # type: ignore[operator]
 
     def drop(*_: object) -> None:
         for layer in halves:
