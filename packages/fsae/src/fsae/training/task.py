@@ -52,7 +52,7 @@ class Task:
 
         Args:
             batch: What `collate` made of the dataset's items.
-            generator: CPU generator that follows from (seed, step, micro-batch, process). Draw all noise from
+            generator: CPU generator that follows from (seed, step, micro-batch of all processes). Draw all noise from
                 it.
 
         Returns:
