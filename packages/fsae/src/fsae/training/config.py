@@ -79,7 +79,8 @@ class LoopConfig:
     """One run of the training loop. A step is one optimiser update.
 
     Attributes:
-        output_dir: Folder for checkpoints, TensorBoard events and validation images; made if missing.
+        output_dir: Folder for checkpoints, TensorBoard events and validation images; made if missing. Processes on
+            several machines must all see it.
         max_steps: Updates in the whole run.
         batch_size: Samples in one forward pass of one process.
         gradient_accumulation_steps: Forward passes in one update. An update sees batch_size times this
@@ -94,8 +95,8 @@ class LoopConfig:
         mixed_precision: "no" (fp32), or autocast to "bf16" or "fp16". Weights and averages stay fp32.
         sharding: With several processes, "ddp" keeps the whole model in each of them, "fsdp2" a part of its weights,
             moments and average, by torch, and "zero3" the same, by DeepSpeed's ZeRO-3 (needs the extra
-            fsae[deepspeed]). Checkpoints are the same, and a run may go on under another. One process has nothing
-            to split and trains as under "ddp".
+            fsae[deepspeed]). A run may go on under another, and in another number of processes if an update sees as
+            many samples. One process has nothing to split and trains as under "ddp".
         shard_group: With fsdp2, how many processes hold one copy of the model together, those of a node for instance;
             0 for all. The copies' gradients are averaged.
         max_minutes: Save and stop after this much wall-clock time; 0 sets no limit.
