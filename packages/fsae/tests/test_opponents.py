@@ -171,7 +171,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.Monkey
 
     # The control forgets the moments of both, which the comparison must notice.
     trained(tmp_path / "c", max_steps=3)
-    monkeypatch.setattr("fsae.training.engines.replicated.load_optimizer", lambda *arguments: None)
+    monkeypatch.setattr("fsae.training.engines.replicated.Replicated.load_moments", lambda *arguments: None)
     assert not torch.equal(trained(tmp_path / "c"), expected)
 
 

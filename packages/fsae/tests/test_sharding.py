@@ -23,7 +23,8 @@ from fsae.model import FSAE
 from fsae.stages.config import AutoencoderConfig
 from fsae.stages.task import AutoencoderTask
 from fsae.storage.files import read_json
-from fsae.training.checkpointing import checkpoints, load_tensors
+from fsae.storage.pieces import whole_tensors
+from fsae.training.checkpointing import checkpoints
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.engines import fsdp2 as sharding
 from fsae.training.engines.replicated import Replicated
@@ -162,10 +163,10 @@ def held(parameter: Any) -> int:
 
 
 def assert_equal_checkpoints(one: Path, two: Path) -> None:
-    files = [path.name for path in checkpoints(one)[-1].glob("*.safetensors") if not path.name.startswith("random")]
+    files = [path.stem for path in checkpoints(one)[-1].glob("*.safetensors") if not path.name.startswith("random")]
     assert len(files) >= 3
     for name in files:
-        expected, found = (load_tensors(checkpoints(folder)[-1] / name) for folder in (one, two))
+        expected, found = (dict(whole_tensors(checkpoints(folder)[-1], name)) for folder in (one, two))
         assert expected.keys() == found.keys()
         for key, tensor in expected.items():
             torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
@@ -217,9 +218,9 @@ def test_blocks_are_what_a_model_names_or_its_lists_hold() -> None:
 
 def test_a_template_takes_no_memory_and_becomes_the_module() -> None:
     net = Net()
-    template = sharding.template(net)
-    assert all(p.is_meta for p in template.parameters())
-    copy = sharding.assembled(template, net.state_dict())
+    copy = sharding.template(net)
+    assert all(p.is_meta for p in copy.parameters())
+    copy.load_state_dict(net.state_dict(), assign=True)
     assert torch.equal(copy(torch.ones(2, 5)), net(torch.ones(2, 5)))
     assert [p.requires_grad for p in copy.parameters()] == [p.requires_grad for p in net.parameters()]
 

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from fsae.errors import CheckpointError, UserError
+from fsae.storage.checkpoint import save_state
 from fsae.storage.files import read_json
-from fsae.training.checkpointing import checkpoints, load_tensors
+from fsae.storage.pieces import stored_tensors, whole_tensors
+from fsae.training.checkpointing import checkpoints
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.engines import zero3
 from fsae.training.engines.protocol import ModuleSet
@@ -107,11 +109,14 @@ def process(folder: Path) -> None:
         facts[kind]["validated"] = task.validated
     for steps in (2, 4, 6):
         result = run(folder / "resumed", sharding="zero3", max_steps=steps)
-    moments = result.engine.moments(keep=True)
+    moments = stored_tensors(checkpoints(folder / "resumed")[-1], "optimizer")
+    other = checkpoints(folder / "ddp")[-1]
+    save_state({"steps": torch.tensor(5.0)}, other / f"steps-{result.is_main_process}.safetensors")
+    steps = stored_tensors(other, f"steps-{result.is_main_process}")["steps"]
     facts["refused"] = []
-    for change in ({"step/net.into.weight": torch.tensor(5.0)}, {"step/net.in.weight": torch.tensor(6.0)}):
+    for name in ("step/net.into.weight", "step/net.in.weight"):
         try:
-            result.engine.load_moments(moments | change)
+            result.engine.load_moments(moments | {name: steps})
         except CheckpointError as error:
             facts["refused"].append(str(error))
     for steps, kind in ((1, "ddp"), (3, "zero3"), (4, "fsdp2"), (5, "zero3"), (6, "ddp")):
@@ -125,7 +130,7 @@ def process(folder: Path) -> None:
 
 def assert_close(one: Path, two: Path, tolerance: float) -> None:
     for name in ("net", "ema", "optimizer"):
-        expected, found = (load_tensors(checkpoints(folder)[-1] / f"{name}.safetensors") for folder in (one, two))
+        expected, found = (dict(whole_tensors(checkpoints(folder)[-1], name)) for folder in (one, two))
         assert expected.keys() == found.keys()
         for key, tensor in expected.items():
             close = {"rtol": tolerance, "atol": tolerance}
@@ -156,7 +161,7 @@ def test_two_processes(tmp_path: Path) -> None:
         # Under autocast the network computes in bf16, alike under both shardings; the weights stay fp32.
         assert facts["bf16-ddp"] == facts["bf16-zero3"] == ["torch.bfloat16"]
     assert_close(tmp_path / "bf16-ddp", tmp_path / "bf16-zero3", 1e-4)
-    weights = load_tensors(checkpoints(tmp_path / "bf16-zero3")[-1] / "net.safetensors")
+    weights = dict(whole_tensors(checkpoints(tmp_path / "bf16-zero3")[-1], "net"))
     assert {t.dtype for t in weights.values()} == {torch.float32}
 
 

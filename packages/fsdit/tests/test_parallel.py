@@ -23,7 +23,8 @@ from torch import Tensor
 
 from fsae.errors import UserError
 from fsae.storage.files import read_json
-from fsae.training.checkpointing import checkpoints, load_tensors
+from fsae.storage.pieces import whole_tensors
+from fsae.training.checkpointing import checkpoints
 from fsae.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fsae.training.loop import train
 from fsdit import FSDiT
@@ -311,9 +312,8 @@ def test_a_process_outside_of_the_group_is_told(four: Path) -> None:
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
-    files = [f"{name}.safetensors" for name in ("transformer", "text_encoder", "image_encoder", "ema", "optimizer")]
-    for name in files:
-        expected, found = (load_tensors(checkpoints(folder)[-1] / name) for folder in (one, other))
+    for name in ("transformer", "text_encoder", "image_encoder", "ema", "optimizer"):
+        expected, found = (dict(whole_tensors(checkpoints(folder)[-1], name)) for folder in (one, other))
         for key, tensor in expected.items():
             torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
 

@@ -10,6 +10,7 @@ COMMANDS = (
     Command("encode", "turn a video or an image into latents", "fsae.cli.encode:main"),
     Command("decode", "turn latents back into a video or an image", "fsae.cli.decode:main"),
     Command("eval", "measure an autoencoder on held-out clips", "fsae.cli.eval:main"),
+    Command("export", "turn a checkpoint of any training into a model's folder", "fsae.cli.export:main"),
     Command("convert", "turn a DC-AE into an FSAE, or an FSAE's decoder into another kind", "fsae.cli.convert:main"),
 )
 

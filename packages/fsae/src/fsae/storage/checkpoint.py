@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -42,6 +43,8 @@ class StrictModelMixin(ModelMixin, ConfigMixin):
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    weights_source: Mapping[str, Any] | str | None = None
+    """Of a model that is to be split: where its weights come from then (`fsae.training.runs.model_to_train`)."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -167,19 +170,18 @@ class StrictModelMixin(ModelMixin, ConfigMixin):
 
 
 def load_state(module: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a safetensors file into `module`, in place; values take its dtypes and devices. Errors as `read_state`."""
-    module.load_state_dict(read_state(module, path), strict=True)
-
-
-def read_state(module: nn.Module, path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file; CheckpointError if they are not exactly those of `module`, or as
-    `tensor_shapes`."""
+    """Load a safetensors file into `module`, in place; values take its dtypes and devices. CheckpointError if its
+    tensors are not exactly those of `module`, or as `tensor_shapes`."""
     check_fit(_shapes_of(module), tensor_shapes(path), type(module).__name__, Path(path))
-    return load_file(path)
+    module.load_state_dict(load_file(path), strict=True)
 
 
-def save_state(state: nn.Module | Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
-    """Save a module's state, or a dictionary of tensors, as one safetensors file, atomically.
+def save_state(
+    state: nn.Module | Mapping[str, torch.Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Save a module's state, or a dictionary of tensors, as one safetensors file, atomically; `metadata` in its header.
 
     Tensors that share memory (tied weights) are written once for each name.
     """
@@ -192,7 +194,7 @@ def save_state(state: nn.Module | Mapping[str, torch.Tensor], path: str | os.Pat
         whole[name] = packed.clone() if storage in seen else packed
         seen.add(storage)
     with atomic_path(path) as temporary:
-        save_file(whole, temporary, metadata={"format": "pt"})
+        save_file(whole, temporary, metadata={"format": "pt", **metadata})
 
 
 def tensor_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:

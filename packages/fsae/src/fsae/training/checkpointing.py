@@ -3,7 +3,9 @@
     checkpoint-00001000/
         <module>.safetensors     weights of each trained module
         ema.safetensors          averaged weights (only with ema_decay above 0)
-        optimizer.safetensors    "<moment>/<module>.<parameter>"
+        optimizer.safetensors    "<moment>/<module>.<parameter>"; in place of these, of a sharded run, the pieces that
+                                 each process holds: optimizer.00000.safetensors ... (`fsae.storage.pieces`)
+        config-<module>.json     configuration of each trained module that is a diffusers model
         random-00000.*           random state of each process (or of those that share samples): .safetensors and .json
         state.json               step, data position, settings, loss scaler
 
@@ -26,10 +28,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from fsae.errors import CheckpointError, UserError
-from fsae.storage.checkpoint import read_state, save_state
+from fsae.storage.checkpoint import save_state
 from fsae.storage.files import publish_folder, read_json, write_json
 
 GO_ON_FROM_OLDER = "remove its folder to go on from an older checkpoint"
@@ -126,65 +128,6 @@ def load_random_state(folder: Path, rank: int) -> None:
     """Set this process's generators to their state at the checkpoint."""
     values = read_json(folder / f"random-{rank:05d}.json", GO_ON_FROM_OLDER)
     restore_random_state(load_tensors(folder / f"random-{rank:05d}.safetensors"), values)
-
-
-# --- weights and optimiser
-
-
-Placement = Callable[[Tensor, Tensor], Tensor]
-"""`place(tensor, like)`: of a whole tensor, what belongs where `like` is; see `fsae.training.engines.fsdp2.placed`."""
-
-
-def whole(tensor: Tensor, like: Tensor) -> Tensor:
-    """The placement of modules that a process holds whole."""
-    return tensor
-
-
-def load_modules(folder: Path, modules: Mapping[str, nn.Module], place: Placement = whole) -> None:
-    """Load each module strictly; a split one takes its part."""
-    for name, module in modules.items():
-        tensors = read_state(module, folder / f"{name}.safetensors")
-        own = module.state_dict()
-        module.load_state_dict({key: place(tensor, own[key]) for key, tensor in tensors.items()})
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-    """The optimiser's state under "<moment>/<parameter>"."""
-    tensors = {}
-    for parameter, name in names.items():
-        for moment, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{moment}/{name}"] = torch.as_tensor(value)
-    return tensors
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer,
-    tensors: Mapping[str, Tensor],
-    names: Mapping[nn.Parameter, str],
-    place: Placement = whole,
-) -> None:
-    """Restore what `optimizer_tensors` gave; moments take their parameter's device, layout and split."""
-    by_name: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        moment, name = key.split("/", 1)
-        by_name.setdefault(name, {})[moment] = tensor
-    unknown = sorted(set(by_name) - set(names.values()))
-    if unknown:
-        raise CheckpointError(f"the optimiser's state names {unknown[0]}, which is not trained in this run")
-    optimizer.state.clear()
-    for parameter, name in names.items():
-        if name in by_name:
-            optimizer.state[parameter] = {
-                moment: _moment(tensor, parameter, place)
-                if tensor.shape == parameter.shape and moment != "step"
-                else tensor.clone()
-                for moment, tensor in by_name[name].items()
-            }
-
-
-def _moment(tensor: Tensor, parameter: nn.Parameter, place: Placement) -> Tensor:
-    empty = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
-    return empty.copy_(place(tensor, parameter))
 
 
 # --- files

@@ -73,7 +73,8 @@ class LoopConfig(Checked):
     """One run of the training loop. A step is one optimiser update.
 
     Attributes:
-        output_dir: Folder for checkpoints, TensorBoard events and validation images; made if missing.
+        output_dir: Folder for checkpoints, TensorBoard events and validation images; made if missing. Processes on
+            several machines must all see it.
         max_steps: Updates in the whole run.
         batch_size: Samples in one forward pass of one process.
         gradient_accumulation_steps: Forward passes in one update. An update sees batch_size times this
@@ -88,8 +89,10 @@ class LoopConfig(Checked):
         mixed_precision: "no" (fp32), or autocast to "bf16" or "fp16". Weights and averages stay fp32.
         sharding: With several processes, "ddp" keeps the whole model in each of them, "fsdp2" a part of its weights,
             moments and average, by torch, and "zero3" the same, by DeepSpeed's ZeRO-3 (needs the extra
-            fsae[deepspeed]). Checkpoints are the same, and a run may go on under another. One process has nothing
-            to split and trains as under "ddp".
+            fsae[deepspeed]). A run may go on under another, and in another number of processes if an update sees as
+            many samples. One process has nothing to split and trains as under "ddp".
+        shard_group: With fsdp2, how many processes hold one copy of the model together, those of a node for instance;
+            0 for all. The copies' gradients are averaged.
         max_minutes: Save and stop after this much wall-clock time; 0 sets no limit.
         log_every: Steps between scalars.
         validate_every: Steps between validations; 0 for none.
@@ -111,6 +114,7 @@ class LoopConfig(Checked):
     seed: Index = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     sharding: Literal["ddp", "fsdp2", "zero3"] = "ddp"
+    shard_group: Index = 0
     max_minutes: Weight = 0.0
     log_every: Count = 10
     validate_every: Index = 0
@@ -124,6 +128,8 @@ class LoopConfig(Checked):
         super().__post_init__()
         whole = self.sharding == "ddp" or self.mixed_precision != "fp16"
         require(whole, "mixed_precision", self.mixed_precision, f"no or bf16 with sharding {self.sharding}")
+        grouped = self.sharding == "fsdp2" or self.shard_group == 0
+        require(grouped, "shard_group", self.shard_group, f"0 with sharding {self.sharding}, or fsdp2 the sharding")
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that decide the weights: a checkpoint made under others cannot be continued.
@@ -151,6 +157,7 @@ _HARMLESS = (
     "resume",
     "tensorboard",
     "sharding",
+    "shard_group",
 )
 
 

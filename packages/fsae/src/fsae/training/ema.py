@@ -34,12 +34,6 @@ class MovingAverage:
         for name, parameter in self.parameters.items():
             parameter.copy_(self.shadow[name])
 
-    @torch.no_grad()
-    def load(self, shadow: Mapping[str, Tensor]) -> None:
-        """Take over a stored average, split as the weights are; its names are those of `shadow`."""
-        for name, tensor in self.shadow.items():
-            tensor.copy_(shadow[name])
-
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """The averaged weights stand in the modules while the context lasts."""

@@ -5,7 +5,9 @@ precision, gradient accumulation and clipping, the learning rate, the moving ave
 checkpoints and stopping.
 
 The run is a function of its settings: data order and noise follow from the seed and the step alone, and a run
-that is killed and resumed gives, in fp32, bit for bit the weights of one that was not.
+that is killed and resumed gives, in fp32, bit for bit the weights of one that was not. In another number of processes
+it may go on if an update sees as many samples as before. It then sees the same ones, but for buckets, whose order is
+another; noise is the same as long as the batch_size is.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,16 +29,26 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import send_to_device
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
-from fsae.data.order import Cut, EpochItems, MicroBatches, data_place, derived_generator, derived_seed, order_of
+from fsae.data.order import (
+    Cut,
+    DataOrder,
+    EpochItems,
+    MicroBatches,
+    data_place,
+    derived_generator,
+    derived_seed,
+    order_of,
+)
 from fsae.devices import avoid_faulty_kernels
 from fsae.errors import CheckpointError, UserError
-from fsae.storage.checkpoint import save_state
+from fsae.storage.checkpoint import StrictModelMixin, save_state
 from fsae.storage.files import partial_folder, read_json, write_json
+from fsae.storage.pieces import Piece, load_pieces, save_pieces, stored_tensors
 from fsae.training import checkpointing
 from fsae.training.config import LoopConfig
 from fsae.training.ema import MovingAverage
@@ -44,6 +57,7 @@ from fsae.training.engines.protocol import Engine, ModuleSet
 from fsae.training.engines.replicated import Replicated
 from fsae.training.engines.zero3 import Zero3
 from fsae.training.logs import Logs
+from fsae.training.saving import config_file, save_model, trained_tensors
 from fsae.training.stopping import StopRequests, WorkerSignals
 from fsae.training.task import KEEP, Task, decay_groups
 
@@ -60,6 +74,9 @@ _ENGINES: dict[str, Callable[[Accelerator, ModuleSet, LoopConfig], Engine]] = {
 # Streams of noise of one micro-batch: the model's loss draws from one, its opponents' from the other.
 _NOISE_STREAMS = (1, 2)
 
+# For how long a process waits for the others, one of which may write a large checkpoint.
+_PATIENCE = timedelta(hours=2)
+
 # In a checkpoint, what belongs to the model and what to its opponents.
 _OPTIMIZERS = ("optimizer", "opponent-optimizer")
 _SCALERS = ("scaler", "opponent_scaler")
@@ -75,7 +92,7 @@ class TrainingResult:
         stopped: Why it ended before max_steps: "signal" (SIGTERM, Ctrl-C), "time" (max_minutes) or None.
         output_dir: Where its checkpoints are.
         is_main_process: Whether this process is the one that should write the exported model.
-        engine: What trained the modules; it holds the trained weights until they are exported.
+        engine: What trained the modules; it holds the trained weights.
         average: The moving average, or None with ema_decay 0.
     """
 
@@ -91,16 +108,29 @@ class TrainingResult:
         """The trained modules by name; under sharding they hold but a part of the weights."""
         return self.engine.modules
 
-    def export(self, name: str) -> nn.Module:
-        """The module `name` in eval mode, with the averaged weights if there is an average.
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of what the run has come to."""
+        return checkpointing.checkpoint_folder(self.output_dir, self.step)
 
-        Under sharding all processes must call it; each gets a whole module.
-        """
+    def save(self, name: str, folder: Path) -> None:
+        """Write what `export` gives into a folder, in diffusers' layout, without assembling it; one process does."""
+        if (config := config_file(self.checkpoint, name)).is_file():
+            save_model(config, trained_tensors(self.checkpoint, name), folder)
+        else:
+            self.export(name).save_pretrained(folder)  # type: ignore[operator]
+
+    def export(self, name: str) -> nn.Module:
+        """The module `name`, whole and in eval mode, with the averaged weights if there is an average."""
         if name not in self.modules:
             raise UserError(f"{name!r} was not trained; trained were {', '.join(self.modules)}")
-        if self.average is not None:
-            self.average.copy_to_weights()
-        return self.engine.export(name)
+        if (plain := self.engine.template(name)) is None:
+            if self.average is not None:
+                self.average.copy_to_weights()
+            return self.modules[name].eval()
+        stored = trained_tensors(self.checkpoint, name)
+        plain.load_state_dict({key: tensor.whole() for key, tensor in stored.items()}, assign=True)
+        return plain.to(self.engine.device).eval()
 
 
 def train(
@@ -142,6 +172,12 @@ def _widen(module: nn.Module) -> None:
             tensor.data = tensor.data.float()
 
 
+def _samples(settings: Mapping[str, Any]) -> int:
+    """How many samples an update sees, of a run's settings."""
+    loop = settings["loop"]
+    return math.prod([loop["batch_size"], loop["gradient_accumulation_steps"], settings["processes"]])
+
+
 class _Run:
     """One call of `train`."""
 
@@ -155,6 +191,11 @@ class _Run:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             mixed_precision=config.mixed_precision,
             cpu=not torch.accelerator.is_available(),  # without it, accelerate forms no group of CPU processes
+            kwargs_handlers=[
+                # Autocast would keep a half of every weight, gathered or not, for as long as the loss takes.
+                AutocastKwargs(cache_enabled=config.sharding == "ddp"),
+                InitProcessGroupKwargs(timeout=_PATIENCE),
+            ],
         )
         self.rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
@@ -170,7 +211,7 @@ class _Run:
             dataset, Cut(config.seed, config.batch_size, accumulation, data_processes, self.data_rank)
         )
         self.dataset, self.collate, self.worker_signals = EpochItems(dataset), collate, WorkerSignals()
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "loop": config.result_settings(),
             "task": dict(task.settings),
             "data": {"samples": len(dataset), **getattr(dataset, "settings", {})},
@@ -298,7 +339,8 @@ class _Run:
     def _differentiate(self, batch: Any, step: int, micro: int) -> dict[str, Tensor]:
         """Add one micro-batch's gradients, the model's and then its opponents'; returns the scalars."""
         task, model, opponents = self.task, self.model, self.opponents
-        place = self.config.seed, step, micro, self.data_rank
+        # Counted over all processes, so that however many share the work, a micro-batch has the same noise.
+        place = self.config.seed, step, micro * self.settings["processes"] + self.data_rank, 0
         generators = [derived_generator(*place, stream) for stream in _NOISE_STREAMS]
         with nullcontext() if opponents is None else opponents.without_gradients():
             output = model.forward(task.loss, batch, generators[0])
@@ -388,12 +430,9 @@ class _Run:
         if self.main:
             attempt(checkpointing.remove_partial, self.output_dir)
             attempt(temporary.mkdir)
-        for name, tensors in self._state():
-            if self.main:
-                attempt(save_state, tensors, temporary / name)
-        if self.main:
-            attempt(partial(write_json, sort_keys=True), temporary / "state.json", self._values(step))
+            attempt(self._write_values, temporary, step)
         self._end_if_failed(attempt, step)
+        attempt(self._write, temporary)
         if self.rank % self.task.ranks_per_sample == 0:  # those that share samples draw the same
             attempt(checkpointing.save_random_state, temporary, self.data_rank)
         self._end_if_failed(attempt, step)
@@ -415,15 +454,29 @@ class _Run:
             "run again to go on from the newest"
         ) from attempt.error
 
-    def _state(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        """The tensors of a checkpoint, by file; whole, in the main process."""
-        for engine in self.engines:
+    def _files(self) -> Iterator[tuple[Engine, str, dict[str, Piece]]]:
+        """The tensors of a checkpoint, by file, and the engine that holds them."""
+        for engine, optimizer in zip(self.engines, _OPTIMIZERS, strict=False):
             for name in engine.modules:
-                yield f"{name}.safetensors", engine.state(name, keep=self.main)
+                yield engine, name, engine.state(name)
+            yield engine, optimizer, engine.moments()
         if self.average is not None:
-            yield "ema.safetensors", self.model.gathered(self.average.shadow, keep=self.main)
-        for name, engine in zip(_OPTIMIZERS, self.engines, strict=False):
-            yield f"{name}.safetensors", engine.moments(keep=self.main)
+            yield self.model, "ema", self.model.average(self.average.shadow)
+
+    def _write(self, folder: Path) -> None:
+        """Write what this process holds; of what is whole in each, only the main process does."""
+        for engine, name, pieces in self._files():
+            if engine.sharded:
+                save_pieces(pieces, folder, name, self.rank)
+            elif self.main:
+                save_state({key: piece.values for key, piece in pieces.items()}, folder / f"{name}.safetensors")
+
+    def _write_values(self, folder: Path, step: int) -> None:
+        write_json(folder / "state.json", self._values(step), sort_keys=True)
+        for name, module in self.model.modules.items():
+            plain = self.model.template(name) or module
+            if isinstance(plain, StrictModelMixin):
+                config_file(folder, name).write_text(plain.to_json_string(), encoding="utf-8")
 
     def _values(self, step: int) -> dict[str, Any]:
         epoch, offset = self.order.position(step)
@@ -446,11 +499,23 @@ class _Run:
         before = stored.get("loop", {}).get("max_steps", wanted)
         if before != wanted:
             stored = {**stored, "loop": {**stored["loop"], "max_steps": wanted}}
+        if "loop" in stored and "processes" in stored:
+            stored = self._same_samples(stored)
         added = {f"task.{name}": value for name, value in self.task.added_settings.items()}
         checkpointing.check_settings(folder, stored, self.settings, added)
         if before != wanted and self.main:
             line = f"max_steps was {before}, is now {wanted}: from step {step} on, the cosine ends at step {wanted}"
             tqdm.write(line, file=sys.stderr)
+
+    def _same_samples(self, stored: dict[str, Any]) -> dict[str, Any]:
+        """Stored settings, with the run's own division of an update's samples if there are as many of them."""
+        divided = {name: self.settings["loop"][name] for name in ("batch_size", "gradient_accumulation_steps")}
+        mine = {**stored, "loop": {**stored["loop"], **divided}, "processes": self.settings["processes"]}
+        if mine == stored or _samples(mine) != _samples(stored):
+            return stored
+        if self.main and not isinstance(self.order, DataOrder):
+            tqdm.write("other processes than before: buckets are drawn in another order from here on", file=sys.stderr)
+        return mine
 
     def _resume(self) -> int:
         """Load the newest complete checkpoint, if there is one; returns the step to go on from."""
@@ -475,11 +540,13 @@ class _Run:
         self._check_length_and_settings(folder, state)
         for engine, optimizer, scaler in zip(self.engines, _OPTIMIZERS, _SCALERS, strict=False):
             engine.load_modules(folder)
-            engine.load_moments(checkpointing.load_tensors(folder / f"{optimizer}.safetensors"))
+            engine.load_moments(stored_tensors(folder, optimizer))
             engine.load_scaler_state(state.get(scaler, {}))
         if self.average is not None:
-            self.average.load(self.model.parts(checkpointing.load_tensors(folder / "ema.safetensors")))
-        checkpointing.load_random_state(folder, self.data_rank)
+            pieces = self.model.average(self.average.shadow)
+            load_pieces(pieces, stored_tensors(folder, "ema"), "the average", folder / "ema.safetensors")
+        if self.data_rank < state["settings"].get("processes", 1):  # others draw for the first time
+            checkpointing.load_random_state(folder, self.data_rank)
         self.saved_at = int(state["step"])
         if self.main:
             tqdm.write(f"going on from {folder}", file=sys.stderr)

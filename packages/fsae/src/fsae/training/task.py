@@ -50,7 +50,7 @@ class Task:
     def loss(self, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
         """The loss of one micro-batch, already on the device, as `collate` made it of the dataset's items.
 
-        `generator` is on the CPU and follows from (seed, step, micro-batch, process). Draw all noise from it.
+        `generator` is on the CPU and follows from (seed, step, micro-batch of all processes). Draw all noise from it.
 
         Returns:
             "loss", a scalar with a gradient, and any further scalars to log. Tensors of any shape under names

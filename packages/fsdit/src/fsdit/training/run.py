@@ -10,7 +10,7 @@ import torch
 from fsae import FSAE
 from fsae.errors import UserError
 from fsae.training.loop import TrainingResult, train
-from fsae.training.runs import is_main_process, read_samples, report_end, save_parts
+from fsae.training.runs import is_main_process, model_to_train, read_samples, report_end, save_parts
 from fsdit.conditioning.encoders import Encoders
 from fsdit.conditioning.folders import load_encoders
 from fsdit.model import FSDiT
@@ -35,7 +35,7 @@ def train_transformer(config: TransformerConfig, dataset: Any = None, validation
     torch.manual_seed(loop.seed)
     encoders = _encoders(config, outline, clips)
     check_widths(outline, encoders, autoencoder)
-    transformer = FSDiT.from_preset_or_folder(config.model, **config.model_options)
+    transformer = model_to_train(FSDiT, config.model, loop, **config.model_options)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     task = FlowMatchingTask(transformer, encoders, config, autoencoder, clips)
@@ -98,7 +98,7 @@ def _autoencoder(config: TransformerConfig) -> FSAE | None:
 
 def _save(result: TrainingResult, encoders: Encoders | None) -> list[Path]:
     """Write the trained modules (averaged, if there is an average) as folders in diffusers' layout."""
-    parts: dict[str, Any] = {name: result.export(name) for name in result.modules}
+    parts: dict[str, Any] = {name: name for name in result.modules}
     if "text_encoder" in parts:
         assert encoders is not None
         parts["tokenizer"] = encoders.text.tokenizer

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from fsae import FSAE
 from fsae.training.loop import train
-from fsae.training.runs import is_main_process, report_end, save_parts
+from fsae.training.runs import is_main_process, model_to_train, report_end, save_parts
 from fsdit.conditioning.encoders import Encoders
 from fsdit.conditioning.folders import load_encoders
 from fsdit.conditioning.inputs import Condition, FlowBatch, first_frame_condition, nothing_known
@@ -117,7 +117,7 @@ def train_refiner(config: RefinerConfig, dataset: Any = None, validation: Any = 
     """
     torch.manual_seed(config.loop.seed)
     autoencoder = load_autoencoder(config)
-    refiner = FSDiT.from_preset_or_folder(config.model)
+    refiner = model_to_train(FSDiT, config.model, config.loop)
     if config.gradient_checkpointing:
         refiner.enable_gradient_checkpointing()
     upsampler = LatentUpsampler.from_pretrained(config.upsampler).requires_grad_(False)
@@ -134,4 +134,4 @@ def train_refiner(config: RefinerConfig, dataset: Any = None, validation: Any = 
     result = train(task, pairs.samples, config.loop, pairs.collate)
     if not report_end(result, config.loop.max_steps, pairs.samples, pairs.held_out):
         return []
-    return save_parts(result, {"refiner": result.export("transformer"), "dynamic_mask": task.mask.frozen()})
+    return save_parts(result, {"refiner": "transformer", "dynamic_mask": task.mask.frozen()})

@@ -16,7 +16,7 @@ from fsae.losses.perceptual import PerceptualLoss, temporal_slices
 from fsae.losses.reconstruction import l1_loss
 from fsae.training.logs import frame_grid
 from fsae.training.loop import Task, train
-from fsae.training.runs import report_end, save_parts
+from fsae.training.runs import model_to_train, report_end, save_parts
 from fsdit.training.data import CachedLatents, to_device_of
 from fsupsampler.training.config import UpsamplerConfig, UpsamplerLoss
 from fsupsampler.training.data import check_statistics, latent_pair, load_autoencoder, read_pairs
@@ -95,7 +95,7 @@ def train_upsampler(config: UpsamplerConfig, dataset: Any = None, validation: An
     torch.manual_seed(config.loop.seed)
     autoencoder = load_autoencoder(config)
     statistics = {name: autoencoder.config[name] for name in ("latent_channels", "latents_mean", "latents_std")}
-    upsampler = LatentUpsampler.from_preset_or_folder(config.model, **statistics)
+    upsampler = model_to_train(LatentUpsampler, config.model, config.loop, **statistics)
     if config.gradient_checkpointing:
         upsampler.enable_gradient_checkpointing()
     perceptual = PerceptualLoss.from_files(*config.perceptual_weights) if config.perceptual_weights else None
@@ -109,4 +109,4 @@ def train_upsampler(config: UpsamplerConfig, dataset: Any = None, validation: An
     result = train(task, pairs.samples, config.loop, pairs.collate)
     if not report_end(result, config.loop.max_steps, pairs.samples, pairs.held_out):
         return []
-    return save_parts(result, {"upsampler": result.export("upsampler")})
+    return save_parts(result, {"upsampler": "upsampler"})

@@ -2,7 +2,8 @@
 
 An engine holds modules that one optimiser updates, and decides how they lie on devices and processes. There are three:
 `Replicated` (each process has the whole model), `Fsdp2` and `Zero3` (each has a part of every weight, gradient and
-moment). What goes to disk and comes from it is whole, so a run may go on under another engine.
+moment). What goes to disk and comes from it are pieces of whole tensors (`fsae.storage.pieces`), so a run may go on
+under another engine, in any number of processes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fsae.training.checkpointing import optimizer_tensors
+from fsae.errors import CheckpointError
+from fsae.storage.pieces import Piece, StoredTensor, load_pieces, stored_tensors
 from fsae.training.config import OptimizerConfig
 from fsae.training.optimizers import make_optimizer
 
@@ -56,13 +58,12 @@ class OneForward(nn.Module):
 class Engine(Protocol):
     """Modules that are updated together: a step of theirs, and what is kept of them.
 
-    Where tensors leave or enter, all processes call together, and only whole tensors do.
-
     Attributes:
         sharded: Whether each process holds but a part of the weights.
         modules: What is trained, by name.
         names: "<module>.<parameter>" of each trained parameter.
         optimizer: What updates them.
+        device: Where it computes.
         forward: `forward(function, *arguments)` calls the function so that DDP, FSDP2, ZeRO-3 and autocast see it.
     """
 
@@ -70,6 +71,7 @@ class Engine(Protocol):
     modules: Mapping[str, nn.Module]
     names: Mapping[nn.Parameter, str]
     optimizer: torch.optim.Optimizer
+    device: torch.device
     forward: nn.Module
 
     # --- the same in every engine
@@ -118,28 +120,52 @@ class Engine(Protocol):
         return {name: parameter for parameter, name in self.names.items()}
 
     @abstractmethod
-    def gathered(self, parts: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-        """The whole tensors whose parts, split as `weights`, the processes hold; empty in those that do not `keep`."""
+    def piece(self, tensor: Tensor) -> Piece:
+        """What this process holds of a tensor that lies as a weight, a buffer or a moment of one does."""
 
-    @abstractmethod
-    def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of `gathered`, for all `weights`."""
+    def state(self, name: str) -> dict[str, Piece]:
+        """Weights and buffers of the module `name`."""
+        return {key: self.piece(tensor) for key, tensor in self.modules[name].state_dict().items()}
 
-    def state(self, name: str, keep: bool) -> dict[str, Tensor]:
-        """Weights and buffers of the module `name`; empty in processes that do not `keep` them."""
-        return self.gathered(self.modules[name].state_dict(), keep)
+    def average(self, shadow: Mapping[str, Tensor]) -> dict[str, Piece]:
+        """An average of the `weights`."""
+        return {name: self.piece(tensor) for name, tensor in shadow.items()}
 
-    @abstractmethod
+    def moments(self) -> dict[str, Piece]:
+        """The optimiser's state under "<moment>/<parameter>"."""
+        state = self.optimizer.state
+        return {
+            f"{moment}/{name}": self.piece(torch.as_tensor(value))
+            for parameter, name in self.names.items()
+            for moment, value in state.get(parameter, {}).items()
+        }
+
     def load_modules(self, folder: Path) -> None:
         """Load each module strictly from a checkpoint."""
+        for name, module in self.modules.items():
+            stored = stored_tensors(folder, name)
+            load_pieces(self.state(name), stored, type(module).__name__, folder / f"{name}.safetensors")
 
-    def moments(self, keep: bool) -> dict[str, Tensor]:
-        """The optimiser's state under "<moment>/<parameter>"; empty in processes that do not `keep` it."""
-        return self.gathered(optimizer_tensors(self.optimizer, self.names), keep)
+    def load_moments(self, stored: Mapping[str, StoredTensor]) -> None:
+        """The inverse of `moments`.
 
-    @abstractmethod
-    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        """The inverse of `moments`."""
+        Raises:
+            CheckpointError: it names what is not trained.
+        """
+        parameters = {name: parameter for parameter, name in self.names.items()}
+        self.optimizer.state.clear()
+        for key, tensor in stored.items():
+            moment, name = key.split("/", 1)
+            if name not in parameters:
+                raise untrained(name)
+            like = parameters[name]
+            if moment == "step" or tensor.shape != like.shape:
+                value = tensor.whole()
+            else:
+                value = torch.empty_like(like, requires_grad=False)
+                piece = self.piece(value)
+                piece.values.copy_(tensor.read(piece.start, piece.values.numel()).view(piece.values.shape))
+            self.optimizer.state[like][moment] = value
 
     def scaler_state(self) -> dict[str, Any]:
         """The loss scaler's state; empty without one."""
@@ -148,9 +174,14 @@ class Engine(Protocol):
     def load_scaler_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of `scaler_state`."""
 
-    @abstractmethod
-    def export(self, name: str) -> nn.Module:
-        """The module `name`, whole and in eval mode, in every process."""
+    def template(self, name: str) -> nn.Module | None:
+        """The module `name` as it was before it was split, without its weights; None where it is whole."""
+        return None
+
+
+def untrained(name: str) -> CheckpointError:
+    """The error of an optimiser's state that names what there is none of."""
+    return CheckpointError(f"the optimiser's state names {name}, which is not trained in this run")
 
 
 @contextmanager

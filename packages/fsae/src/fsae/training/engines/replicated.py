@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fsae.training.checkpointing import load_modules, load_optimizer
+from fsae.storage.pieces import Piece
 from fsae.training.config import LoopConfig
 from fsae.training.engines.protocol import Engine, ModuleSet, OneForward, eval_mode
 
@@ -22,7 +21,7 @@ class Replicated(Engine):
     sharded = False
 
     def __init__(self, accelerator: Accelerator, trained: ModuleSet, config: LoopConfig) -> None:
-        self.modules = trained.modules
+        self.modules, self.device = trained.modules, accelerator.device
         self.accumulation = config.gradient_accumulation_steps
         self.forward = accelerator.prepare_model(OneForward(self.modules).to(accelerator.device))
         self.names = trained.names()
@@ -45,17 +44,8 @@ class Replicated(Engine):
     def evaluating(self) -> AbstractContextManager[None]:
         return eval_mode(self.modules)
 
-    def gathered(self, parts: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-        return {name: tensor.detach() for name, tensor in parts.items()} if keep else {}
-
-    def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensors[name] for name in self.weights}
-
-    def load_modules(self, folder: Path) -> None:
-        load_modules(folder, self.modules)
-
-    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        load_optimizer(self.optimizer, moments, self.names)
+    def piece(self, tensor: Tensor) -> Piece:
+        return Piece(tensor.detach(), 0, tuple(tensor.shape))
 
     def scaler_state(self) -> dict[str, Any]:
         return self.scaler.state_dict()
@@ -63,6 +53,3 @@ class Replicated(Engine):
     def load_scaler_state(self, state: Mapping[str, Any]) -> None:
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(dict(state))
-
-    def export(self, name: str) -> nn.Module:
-        return self.modules[name].eval()

@@ -4,8 +4,6 @@ Called by DeepSpeed's own interface, since accelerate's forms no group of CPU pr
 vector, p into [p_0 ... p_{n-1}] of equal length, the last ones filled up. DeepSpeed gathers it for the forward and the
 backward of the module that owns it, or where anything else in the loss reads it as that module's attribute, and drops
 it behind them; what `parameters()` lists is empty in between.
-
-What is written to disk is whole and the same as without it: a run may go on under another sharding.
 """
 
 from __future__ import annotations
@@ -23,10 +21,10 @@ from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
 from fsae.errors import CheckpointError, UserError
-from fsae.storage.checkpoint import read_state
+from fsae.storage.pieces import Piece, StoredTensor
 from fsae.training.config import LoopConfig
-from fsae.training.engines.fsdp2 import assembled, template
-from fsae.training.engines.protocol import Engine, ModuleSet, OneForward, eval_mode
+from fsae.training.engines.fsdp2 import template
+from fsae.training.engines.protocol import Engine, ModuleSet, OneForward, eval_mode, untrained
 
 
 class Zero3(Engine):
@@ -97,69 +95,62 @@ class Zero3(Engine):
         """This process's part of each trained weight, flat."""
         return {name: _part(parameter) for parameter, name in self.names.items()}
 
-    def gathered(self, parts: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-        """Whole tensors from parts of all trained weights, on the CPU."""
-        whole = ((name, _whole(parts[name], parameter)) for parameter, name in self.names.items())
-        return {name: tensor.cpu() for name, tensor in whole if keep}
+    def piece(self, tensor: Tensor) -> Piece:
+        """A parameter's part, or a buffer."""
+        if isinstance(tensor, nn.Parameter):
+            return _piece(_part(tensor), tensor)
+        return Piece(tensor.detach(), 0, tuple(tensor.shape), torch.distributed.get_rank() == 0)
 
-    def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: _cut(tensors[name], parameter) for parameter, name in self.names.items()}
+    def state(self, name: str) -> dict[str, Piece]:
+        return {key: self.piece(t) for key, t in self.modules[name].state_dict(keep_vars=True).items()}
 
-    def state(self, name: str, keep: bool) -> dict[str, Tensor]:
-        own = self.modules[name].state_dict(keep_vars=True)
-        whole = ((k, _whole(_part(t), t) if isinstance(t, nn.Parameter) else t) for k, t in own.items())
-        return {key: tensor.detach().cpu() for key, tensor in whole if keep}
+    def average(self, shadow: Mapping[str, Tensor]) -> dict[str, Piece]:
+        return {name: _piece(shadow[name], parameter) for parameter, name in self.names.items()}
 
-    @torch.no_grad()
     def load_modules(self, folder: Path) -> None:
-        for name, module in self.modules.items():
-            tensors = read_state(self.templates[name], folder / f"{name}.safetensors")
-            for key, own in module.state_dict(keep_vars=True).items():
-                if isinstance(own, nn.Parameter):
-                    _part(own).copy_(_cut(tensors[key], own))
-                else:
-                    own.copy_(tensors[key])
+        super().load_modules(folder)
         self.engine.empty_partition_cache()  # what was gathered is outdated
 
-    def moments(self, keep: bool) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for place in self._places():
-            for moment, value in sorted(self.optimizer.state.get(place.vector, {}).items()):  # all processes alike
-                whole = value if value.ndim == 0 else _whole(place.of(value), place.parameter)
-                if keep:
-                    tensors[f"{moment}/{self.names[place.parameter]}"] = whole.cpu()
-        return tensors
+    def moments(self) -> dict[str, Piece]:
+        return {
+            f"{moment}/{self.names[place.parameter]}": self.piece(value)
+            if value.ndim == 0
+            else _piece(place.of(value), place.parameter)
+            for place in self._places()
+            for moment, value in self.optimizer.state.get(place.vector, {}).items()
+        }
 
     @torch.no_grad()
-    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+    def load_moments(self, stored: Mapping[str, StoredTensor]) -> None:
         """The inverse of `moments`.
 
         Raises:
             CheckpointError: it names what is not trained, or parameters of one group that saw a different number of
                 updates, which DeepSpeed counts once for all.
         """
-        unknown = sorted({key.split("/", 1)[1] for key in moments} - set(self.names.values()))
-        if unknown:
-            raise CheckpointError(f"the optimiser's state names {unknown[0]}, which is not trained in this run")
+        for key in stored:
+            if key.split("/", 1)[1] not in self.names.values():
+                raise untrained(key.split("/", 1)[1])
         self.optimizer.state.clear()
-        kinds = sorted({key.split("/", 1)[0] for key in moments})
+        kinds = sorted({key.split("/", 1)[0] for key in stored})
         for place in self._places():
             name, state = self.names[place.parameter], self.optimizer.state[place.vector]
             for moment in kinds:
-                stored = moments.get(f"{moment}/{name}")
+                tensor = stored.get(f"{moment}/{name}")
                 if moment != "step":
                     if moment not in state:
                         state[moment] = torch.zeros_like(place.vector, requires_grad=False)
-                    if stored is not None:
-                        place.of(state[moment]).copy_(_cut(stored, place.parameter))
-                elif stored is None or not torch.equal(state.setdefault(moment, stored.clone()), stored):
+                    if tensor is not None:
+                        piece = _piece(place.of(state[moment]), place.parameter)
+                        piece.values.copy_(tensor.read(piece.start, piece.values.numel()))
+                elif tensor is None or not torch.equal(state.setdefault(moment, tensor.whole()), tensor.whole()):
                     raise CheckpointError(
                         f"{name} saw other updates than the parameters beside it, which sharding zero3 cannot go on "
                         "with; go on with ddp or fsdp2"
                     )
 
-    def export(self, name: str) -> nn.Module:
-        return assembled(self.templates[name], self.state(name, keep=True)).to(self.device).eval()
+    def template(self, name: str) -> nn.Module:
+        return self.templates[name]
 
     def _places(self) -> Iterator[_Place]:
         """Where each parameter's part lies in the vectors that the optimiser updates."""
@@ -189,21 +180,11 @@ def _part(parameter: Tensor) -> Tensor:
     return part
 
 
-def _whole(part: Tensor, parameter: Tensor) -> Tensor:
-    """The whole tensor of which each process has a part, as it has of `parameter`."""
-    flat = part.new_empty(part.numel() * torch.distributed.get_world_size())
-    torch.distributed.all_gather(list(flat.split(part.numel())), part.detach())
-    whole: Tensor = flat[: parameter.ds_numel].view(parameter.ds_shape)  # type: ignore[attr-defined]
-    return whole
-
-
-def _cut(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of a whole tensor, cut as `parameter` is."""
-    like, rank = _part(parameter), torch.distributed.get_rank()
-    mine = tensor.reshape(-1)[rank * like.numel() : (rank + 1) * like.numel()]
-    part = torch.zeros_like(like)
-    part[: mine.numel()] = mine.to(part)
-    return part
+def _piece(part: Tensor, parameter: Tensor) -> Piece:
+    """A part, of `parameter` or of what is split as it is, without what fills it up."""
+    total: int = parameter.ds_numel  # type: ignore[attr-defined]
+    start = min(torch.distributed.get_rank() * part.numel(), total)
+    return Piece(part.detach()[: total - start], start, tuple(parameter.ds_shape))  # type: ignore[attr-defined]
 
 
 class _AutocastForward(OneForward):
