@@ -273,9 +273,9 @@ def test_a_maker_that_does_nothing_is_not_waited_for_without_end(
     assert version is not None
     folder = version.parent.parent
     monkeypatch.setattr(indices, "_PATIENCE", 0.2)
-    with FileLock(folder / "lock"):
-        with pytest.raises(UserError, match=rf"another process has the index of .*data .*end it, or remove {folder}"):
-            read_source(tmp_path / "data")
+    said = rf"another process has the index of .*data .*end it, or remove {folder}"
+    with FileLock(folder / "lock"), pytest.raises(UserError, match=said):
+        read_source(tmp_path / "data")
     assert len(read_source(tmp_path / "data")) == 1
 
 

@@ -24,7 +24,7 @@ from fsdit.layers.attention import CrossAttention, KeysValues, SelfAttention
 from fsdit.layers.context import ContextCache, Embedded
 from fsdit.layers.embeddings import ImageEmbedding, TextEmbedding, TimeEmbedding
 from fsdit.layers.layer_memory import LayerRouter, States
-from fsdit.layers.modulation import WideLayerNorm, add_gated, at_least_float32, modulate
+from fsdit.layers.modulation import WideLayerNorm, add_gated, at_least_float32, full_precision, modulate
 from fsdit.layers.rope import Rotary, rotary_tables
 from fsdit.parallel import ContextParallel
 from fsdit.presets import PRESETS
@@ -302,7 +302,7 @@ class FSDiT(StrictModelMixin):
         x = self.patch_embedding(hidden_states.to(dtype)).flatten(2).transpose(1, 2).contiguous()
 
         # In training's autocast too these stay in the weights' precision: bfloat16 would cost the modulation 0.5 %.
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             time = self.time_embedding(timestep)
             projection = self.time_projection(nn.functional.silu(time).to(dtype))
         context = self._context(encoder_hidden_states, encoder_hidden_states_image, cache)

@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fsdit.layers.modulation import at_least_float32, modulate
+from fsdit.layers.modulation import at_least_float32, full_precision, modulate
 
 States = Tensor | Sequence[Tensor]
 """X_0 ... X_{l-1}: planes `l B N D` of a buffer, or l tensors `B N D`."""
@@ -71,7 +70,7 @@ class LayerRouter(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden `B N D` -> weights `B N l` that sum to one over l, in at least float32 even under autocast."""
-        with _full_precision(hidden):
+        with full_precision(hidden):
             wide = at_least_float32(hidden)
             logits = F.linear(wide, self.weight.to(wide.dtype), self.bias.to(wide.dtype))
             weights = logits.softmax(dim=-1)
@@ -96,7 +95,7 @@ def mix_states(states: States, weights: Tensor) -> Tensor:
         raise ValueError(f"{weights.shape[-1]} router weights for {len(states)} states")
     if isinstance(states, Tensor) and states.dtype == weights.dtype:
         planes = states.flatten(1, 2).transpose(0, 1)  # (B N) l D, no copy
-        with _full_precision(states):
+        with full_precision(states):
             return torch.bmm(weights.flatten(0, 1).unsqueeze(1), planes).view(states.shape[1:])
     mixed = weights[..., :1] * states[0]
     for j in range(1, len(states)):
@@ -118,11 +117,6 @@ def retrieve(states: States, weights: Tensor, shift: Tensor, scale: Tensor, eps:
         return modulate(mix_states(states, weights), shift, scale, eps)
     out: Tensor = _Retrieve.apply(weights, shift, scale, eps, *states)
     return out
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager[None]:
-    """Autocast switched off; the meta device has none."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class _Retrieve(torch.autograd.Function):

@@ -8,9 +8,16 @@ and come back in the dtype of `x`: a bfloat16 model so keeps its residual stream
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[None]:
+    """Autocast switched off; the meta device has none."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
