@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers.configuration_utils import register_to_config
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.utils.checkpoint import checkpoint
 
 from fsae.errors import UserError
-from fsae.storage.checkpoint import StrictModelMixin
+from fsae.storage.checkpoint import StrictModelMixin, save_state
 from fsae.storage.files import read_json, write_json
 from fsae.storage.pieces import save_pieces, whole_tensors
 from fsae.training import loop
@@ -120,6 +121,11 @@ def run(folder: Path, task: Task | None = None, **changes: Any) -> TrainingResul
     return train(task or Denoise(), Points(), configured(folder, **changes))
 
 
+def halve(path: Path) -> None:
+    """Save a model's weights in bf16; training goes on with them in fp32."""
+    save_state({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
+
+
 def begun(folder: Path, **changes: Any) -> list[bool]:
     """Train a drawn model, a saved one, and the first one further; whether each had no weights before it was split."""
     bare = []
@@ -133,6 +139,7 @@ def begun(folder: Path, **changes: Any) -> list[bool]:
             if result.is_main_process:
                 (folder / "saved").mkdir()
                 result.save("net", folder / "saved")
+                halve(folder / "saved" / "diffusion_pytorch_model.safetensors")
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()
     return bare
@@ -234,6 +241,8 @@ def test_weights_are_built_once_or_read_in_parts(tmp_path: Path) -> None:
     assert begun(tmp_path / "one", gradient_accumulation_steps=6) == [False] * 3
     for name in ("drawn", "again"):
         assert_close(tmp_path / "one" / name, tmp_path / "two" / name, 1e-6)
+        weights = dict(whole_tensors(checkpoints(tmp_path / "two" / name)[-1], "net"))
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
 @pytest.mark.slow
