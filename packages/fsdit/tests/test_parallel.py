@@ -62,8 +62,8 @@ def inputs_of(grid: tuple[int, int, int]) -> dict[str, Tensor]:
     return {
         "hidden_states": draw(2, 12, *grid).requires_grad_(),
         "timestep": torch.tensor([900.0, 250.0]),
-        "encoder_hidden_states": draw(2, 6, 16).requires_grad_(),
-        "encoder_hidden_states_image": draw(2, 5, 12),
+        "encoder_hidden_states": draw(2, 6, 32).requires_grad_(),
+        "encoder_hidden_states_image": draw(2, 5, 16),
     }
 
 
@@ -101,7 +101,7 @@ def results(model: FSDiT, grid: tuple[int, int, int]) -> dict[str, list[Tensor]]
 def sample(model: FSDiT, grid: tuple[int, int, int]) -> Tensor:
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(2))
     condition = first_frame_condition(draw(1, 4, 1, *grid[1:]), grid[0])
-    context = Context(draw(1, 6, 16), draw(1, 5, 12), draw(1, 6, 16))
+    context = Context(draw(1, 6, 32), draw(1, 5, 16), draw(1, 6, 32))
     return denoise(model, draw(1, 4, *grid), condition, context, schedule=FlowSchedule(), steps=3, guidance=3.0)
 
 
