@@ -336,7 +336,7 @@ def test_no_still_is_learned_below_the_floor(tmp_path) -> None:
             **changes,
         )
         transformer, _ = parts(num_layers=2)
-        task = Watched(transformer, None, None, settings, empty_text=torch.zeros(1, 32))
+        task = Watched(transformer, None, settings, clips=Samples(empty_text=torch.zeros(1, 32)))
         train(task, Unlearnable(), replace(settings.loop, batch_size=64))
         return sum(losses[-50:]) / 50
 
